@@ -1,0 +1,23 @@
+"""What the monitor raises when it is used wrongly; numerical trouble never raises, it is written into the rows."""
+
+__all__ = ["LipdynError", "NoBackwardError", "NoSupportedLayerError", "RunFolderExistsError", "UnownedParametersError"]
+
+
+class LipdynError(Exception):
+    """Base class of everything this package raises on its own account."""
+
+
+class NoSupportedLayerError(LipdynError, ValueError):
+    """The model has no layer the monitor can read as a matrix."""
+
+
+class UnownedParametersError(LipdynError, ValueError):
+    """The optimiser does not update the weights of any layer of the model."""
+
+
+class NoBackwardError(LipdynError, RuntimeError):
+    """The optimiser was stepped though no gradient had passed through any monitored layer."""
+
+
+class RunFolderExistsError(LipdynError, FileExistsError):
+    """The folder a run would write to is there already."""
