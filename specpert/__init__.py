@@ -1,0 +1,34 @@
+"""Derivatives of any order of singular values of real and complex rectangular matrices, with certificates."""
+
+from specpert.derivative import sigma_derivative, sigma_gradient, sigma_hessian
+from specpert.hessian import SigmaHessian
+from specpert.result import (
+    DegenerateSingularValueError,
+    DenseSizeError,
+    NonFiniteError,
+    SpecpertError,
+    Status,
+    ZeroSingularValueError,
+)
+from specpert.series import ClusterSeries, SigmaSeries, sigma_series
+from specpert.triplet import SingularTriplet, singular_triplet
+
+__all__ = [
+    "ClusterSeries",
+    "DegenerateSingularValueError",
+    "DenseSizeError",
+    "NonFiniteError",
+    "SigmaHessian",
+    "SigmaSeries",
+    "SingularTriplet",
+    "SpecpertError",
+    "Status",
+    "ZeroSingularValueError",
+    "sigma_derivative",
+    "sigma_gradient",
+    "sigma_hessian",
+    "sigma_series",
+    "singular_triplet",
+]
+
+__version__ = "0.1.0"

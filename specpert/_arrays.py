@@ -1,0 +1,167 @@
+"""The one file that knows array libraries: namespace, dtype, device, scale.
+
+Legend: A (..., m, n) matrices; xp the array namespace; e integer exponents of two, one for each matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from specpert.result import NonFiniteError
+
+Array = Any  # an array of any library that follows the array API standard
+Namespace = Any
+
+_FLOATING = {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
+_WORKING = {"float16": "float32", "bfloat16": "float32"}
+
+
+def as_arrays(*objects: Any, names: Sequence[str]) -> tuple[Namespace, list[Array]]:
+    """Arrays of one library, device and floating dtype from the caller's objects; never copied to the host."""
+    arrays = [_as_array(x, name) for x, name in zip(objects, names, strict=True)]
+    xp = array_api_compat.array_namespace(arrays[0])
+    for x, name in zip(arrays[1:], names[1:], strict=True):
+        if array_api_compat.array_namespace(x) is not xp:
+            raise TypeError(
+                f"expected {name} to be of the same array library as {names[0]} ({_library(arrays[0])}), "
+                f"got {_library(x)}; convert one of them first"
+            )
+        here, there = array_api_compat.device(arrays[0]), array_api_compat.device(x)
+        if here != there:
+            raise TypeError(
+                f"expected {name} on the device of {names[0]} ({here}), got {there}; move one of them first"
+            )
+    arrays = [_floating(x, name, xp) for x, name in zip(arrays, names, strict=True)]
+    dtype = xp.result_type(*arrays)
+    return xp, [xp.astype(x, dtype, copy=False) for x in arrays]
+
+
+def _as_array(x: Any, name: str) -> Array:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"expected {name} without a mask, got a masked array; fill it first, e.g. {name}.filled(0)")
+    if array_api_compat.is_array_api_obj(x) and not isinstance(x, np.ndarray | np.generic):
+        return x.detach() if hasattr(x, "detach") else x  # results never join a torch graph
+    if hasattr(x, "toarray") or hasattr(x, "matvec"):
+        raise TypeError(
+            f"expected {name} to be a dense array, got {type(x).__name__}; convert it, e.g. {name}.toarray()"
+        )
+    try:
+        return np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"expected {name} to be a rectangular array, got rows of different length") from error
+
+
+def namespace(x: Array) -> Namespace:
+    """The array API namespace of x."""
+    return array_api_compat.array_namespace(x)
+
+
+def _library(x: Array) -> str:
+    return array_api_compat.array_namespace(x).__name__.removeprefix("array_api_compat.")
+
+
+def dtype_name(x: Array) -> str:
+    """Name of the dtype without its library: 'float32' for numpy.float32 and torch.float32 alike."""
+    return str(x.dtype).rsplit(".", 1)[-1].strip("'>)")
+
+
+def _floating(x: Array, name: str, xp: Namespace) -> Array:
+    dtype = dtype_name(x)
+    if dtype in _FLOATING:
+        return xp.astype(x, getattr(xp, _WORKING[dtype])) if dtype in _WORKING else x
+    if dtype == "bool" or dtype.startswith(("int", "uint")):
+        return xp.astype(x, xp.float64)
+    raise TypeError(f"expected {name} with a dtype among {', '.join(sorted(_FLOATING))} or integers, got {dtype}")
+
+
+def check_matrix(A: Array, name: str, xp: Namespace) -> None:
+    """Raise unless A is a non-empty stack of matrices with finite entries."""
+    if A.ndim < 2:
+        raise ValueError(f"expected {name} to be a matrix (m, n) or a stack (..., m, n), got shape {tuple(A.shape)}")
+    if 0 in A.shape:
+        raise ValueError(f"expected {name} to have at least one row, column and matrix, got shape {tuple(A.shape)}")
+    if not bool(xp.all(xp.isfinite(A))):
+        bad = [int(i[0]) for i in xp.nonzero(~xp.isfinite(A))]
+        raise NonFiniteError(f"expected {name} to be finite, got {A[tuple(bad)]} at index {tuple(bad)}")
+
+
+def eps(A: Array, xp: Namespace) -> float:
+    """Unit of rounding (distance from 1 to the next number) of A's dtype."""
+    return float(xp.finfo(A.dtype).eps)
+
+
+def is_complex(A: Array, xp: Namespace) -> bool:
+    """Whether A has a complex dtype."""
+    return bool(xp.isdtype(A.dtype, "complex floating"))
+
+
+def real(A: Array, xp: Namespace) -> Array:
+    """Real part; A itself if it is real."""
+    return xp.real(A) if is_complex(A, xp) else A
+
+
+def adjoint(A: Array, xp: Namespace) -> Array:
+    """Conjugate transpose A^* (..., n, m)."""
+    At = xp.matrix_transpose(A)
+    return xp.conj(At) if is_complex(A, xp) else At
+
+
+def exponent(A: Array, xp: Namespace) -> Array:
+    """Floor of log2 of the largest entry of each matrix, shape (...); 0 for a zero matrix.
+
+    Everything is computed for A / 2^e, so that powers neither overflow nor underflow; dividing by a power of
+    two is exact.
+    """
+    largest = xp.max(xp.abs(real(A, xp)), axis=(-2, -1))
+    if is_complex(A, xp):
+        largest = xp.maximum(largest, xp.max(xp.abs(xp.imag(A)), axis=(-2, -1)))
+    smallest = float(xp.finfo(A.dtype).smallest_normal)
+    floored = xp.where(largest > smallest, largest, xp.asarray(smallest, dtype=largest.dtype, device=_device(A)))
+    return xp.where(largest > 0, xp.floor(xp.log2(floored)), xp.zeros_like(largest))
+
+
+def _device(A: Array) -> Any:
+    return array_api_compat.device(A)
+
+
+def ldexp(x: Array, e: Array, xp: Namespace) -> Array:
+    """Return x * 2^e, with e broadcast against x; no intermediate result overflows or becomes NaN."""
+    top = float(math.floor(math.log2(float(xp.finfo(x.dtype).max))) - 1)
+    two = array(2.0, e, xp)
+    for _ in range(3):  # three factors span more than the range of the floats, so the rest of e cannot matter
+        part = xp.clip(e, -top, top)
+        x = x * xp.astype(xp.pow(two, part), x.dtype)
+        e = e - part
+        if not bool(xp.any(e != 0)):
+            break
+    return x
+
+
+def finite(x: Array, what: str, xp: Namespace) -> Array:
+    """Return x, or raise OverflowError where it left the range of its dtype."""
+    if bool(xp.all(xp.isfinite(x))):
+        return x
+    raise OverflowError(
+        f"expected the {what} within the range of {dtype_name(x)}, got an overflow; scale the directions down "
+        "(order n scales with the n-th power), or the matrix up, or use float64"
+    )
+
+
+def scalar(x: Array) -> Any:
+    """A NumPy scalar for a zero-dimensional NumPy array; any other array as it is."""
+    return x[()] if isinstance(x, np.ndarray) else x
+
+
+def eye(n: int, like: Array, xp: Namespace) -> Array:
+    """Identity of order n on the device and with the dtype of `like`."""
+    return xp.eye(n, dtype=like.dtype, device=_device(like))
+
+
+def array(values: Any, like: Array, xp: Namespace, dtype: Any = None) -> Array:
+    """An array from Python numbers on the device (and, unless said otherwise, with the dtype) of `like`."""
+    return xp.asarray(values, dtype=like.dtype if dtype is None else dtype, device=_device(like))

@@ -1,0 +1,85 @@
+r"""The order loop, beside theory 1.4, 1.5 and 1.8.
+
+The eigenvalue problem of T(x) = T0 + x T1 + x^2 T2 + ... is solved order by order for columns w_n = (P_n, Q_n), in the
+normalisation w_0^* w(x) = 1. Columns of one cluster are coupled through the effective matrix E(x); columns of
+different simple values are not, and E_n is then diagonal. One simple value is a cluster of one.
+
+Legend: A_j (..., m, n) coefficients of the family; P_n (..., m, c), Q_n (..., n, c) vector series; E_n (..., c, c)
+effective matrices; lam_n (..., c) their diagonals; <w, w'> = (P^* P' + Q^* Q') / 2; <i, j>_l = <w_i, T_l w_j>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from specpert._arrays import Array, Namespace, adjoint, real
+from specpert._resolvent import Resolvent
+
+Coefficient = tuple[Callable[[Array], Array], Callable[[Array], Array]]  # products with A_j and with A_j^*
+
+
+class Vectors:
+    """The vector series so far, and its products (A_l Q_j, A_l^* P_j), each computed once."""
+
+    def __init__(self, family: Sequence[Coefficient], P0: Array, Q0: Array) -> None:
+        self.family = family
+        self.P, self.Q = [P0], [Q0]
+        self._products: dict[tuple[int, int], tuple[Array, Array]] = {}
+
+    def product(self, l: int, j: int) -> tuple[Array, Array]:
+        """T_l w_j as the pair (A_l Q_j, A_l^* P_j)."""
+        if (l, j) not in self._products:
+            apply, apply_adjoint = self.family[l - 1]
+            self._products[l, j] = apply(self.Q[j]), apply_adjoint(self.P[j])
+        return self._products[l, j]
+
+    def right_hand_side(self, n: int) -> tuple[Array, Array]:
+        """sum_l T_l w_{n-l}."""
+        f, g = self.product(1, n - 1)
+        for l in range(2, min(n, len(self.family)) + 1):
+            Aq, Ap = self.product(l, n - l)
+            f, g = f + Aq, g + Ap
+        return f, g
+
+
+def extend(vectors: Vectors, resolvent: Resolvent, E0: Array, coupled: Array, order: int, xp: Namespace) -> list[Array]:
+    """Vectors of orders 1..order, appended to `vectors`; effective matrices of orders 0..order (theory 1.4, 1.8)."""
+    E = [E0]
+    P, Q = vectors.P, vectors.Q
+    P0a, Q0a = adjoint(P[0], xp), adjoint(Q[0], xp)
+    for n in range(1, order + 1):
+        f, g = vectors.right_hand_side(n)
+        E.append(coupled * ((P0a @ f + Q0a @ g) / 2))
+        for j in range(1, n):
+            f = f - P[j] @ E[n - j]
+            g = g - Q[j] @ E[n - j]
+        P_n, Q_n = resolvent(f, g)
+        P.append(P_n)
+        Q.append(Q_n)
+    return E
+
+
+def value_coefficients(vectors: Vectors, E: list[Array], order: int, xp: Namespace) -> list[Array]:
+    """lam_0..lam_order of uncoupled columns by the 2n+1 rule (theory 1.5), from vectors of orders up to order // 2."""
+    P, Q = vectors.P, vectors.Q
+
+    def inner(i: int, f: Array, g: Array) -> Array:
+        return real(xp.vecdot(P[i], f, axis=-2) + xp.vecdot(Q[i], g, axis=-2), xp) / 2
+
+    lam = [real(xp.linalg.diagonal(E_n), xp) for E_n in E]
+    overlap: dict[tuple[int, int], Array] = {}
+    for n in range(len(E), order + 1):
+        b = (n - 1) // 2
+        a = n - 1 - b
+        total = xp.zeros_like(lam[0])
+        for j in range(b + 1):
+            for i in range(min(a, n - 1 - j) + 1):
+                l = n - i - j
+                if l <= len(vectors.family):
+                    total = total + inner(i, *vectors.product(l, j))
+                if i > 0 and j > 0:
+                    if (i, j) not in overlap:
+                        overlap[i, j] = overlap[j, i] = inner(i, P[j], Q[j])
+                    total = total - lam[l] * overlap[i, j]
+        lam.append(total)
+    return lam

@@ -1,0 +1,103 @@
+r"""Bounds that hold in floating point: radius of convergence, remainder, and a-posteriori (Kato-Temple) bounds.
+
+All statements are those of theory 1.9. They hold for exact arithmetic; a margin of 10 max(m, n) eps s_1, the backward
+error of the decomposition, is taken off the isolation distance and added to every bound.
+
+Legend: d isolation distance; r0 radius; rho = |x| / r0; a_j >= ||A_j||_2; h = ||H||_2; N order of the last term kept.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from specpert._arrays import Array, Namespace, array, eps, ldexp, scalar
+from specpert.triplet import SingularTriplet
+
+_EXACT_NORM_LIMIT = 512  # up to this smaller side the norm of a direction is computed, beyond it bounded
+
+
+def spectral_norm_bound(H: Array, xp: Namespace) -> Array:
+    """Upper bound of ||H||_2, shape (...): the norm and a margin; for large H min(||H||_F, sqrt(||H||_1 ||H||_inf))."""
+    m, n = H.shape[-2:]
+    if min(m, n) <= _EXACT_NORM_LIMIT:
+        return xp.max(xp.linalg.svdvals(H), axis=-1) * (1 + 10 * max(m, n) * eps(H, xp))
+    magnitude = xp.abs(H)
+    frobenius = xp.sqrt(xp.sum(magnitude * magnitude, axis=(-2, -1)))
+    columns, rows = xp.max(xp.sum(magnitude, axis=-2), axis=-1), xp.max(xp.sum(magnitude, axis=-1), axis=-1)
+    return xp.minimum(frobenius, xp.sqrt(columns * rows)) * (1 + (m + n) * eps(H, xp))
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """Where a series converges and how far its partial sums can be off.
+
+    Holds the normalised problem: A / 2^e and A_j / 2^(e + j t), so that x in the caller's units is x 2^t here.
+    """
+
+    triplet: SingularTriplet
+    t: Array
+    family: tuple[Array, ...] = field(repr=False)
+
+    @property
+    def _margin(self) -> Array:
+        """Backward error of the decomposition."""
+        triplet = self.triplet
+        return 10 * max(triplet.shape[-2:]) * eps(triplet._s, triplet._xp) * triplet._s[..., 0]
+
+    @property
+    def _safe_d(self) -> Array:
+        xp = self.triplet._xp
+        return xp.clip(self.triplet._pick_gap() - self._fit(self._margin), 0.0, None)
+
+    def _fit(self, x: Array) -> Array:
+        """A quantity of each matrix (...) beside those of each value (..., K)."""
+        return x[..., None] if self.triplet._several else x
+
+    @cached_property
+    def _radius(self) -> Array:
+        """The root of sum_j a_j r^j = d / 2; d / (2 a_1) for a linear family.
+
+        On the circle of radius d/2 around sigma the unperturbed resolvent has norm 2/d, so no eigenvalue crosses it
+        while sum_j a_j |x|^j < d/2. The root is at least the 1 / (2 a / d + c) of theory 1.9.
+        """
+        xp, half = self.triplet._xp, self._safe_d / 2
+        bounds = [self._fit(spectral_norm_bound(A_j, xp)) for A_j in self.family]
+        r = xp.full_like(half + bounds[0], math.inf)
+        for j, a_j in enumerate(bounds, start=1):
+            one = xp.where(a_j > 0, a_j, xp.ones_like(a_j))
+            r = xp.where(a_j > 0, xp.minimum(r, xp.pow(half / one, array(1.0 / j, half, xp))), r)
+        if len(bounds) == 1:
+            return r
+        finite = xp.isfinite(r)
+        r = xp.where(finite, r, xp.zeros_like(r))
+        for _ in range(60):  # Newton from the right on a convex increasing polynomial: monotone
+            value, slope = -half, xp.zeros_like(r)
+            for j, a_j in enumerate(bounds, start=1):
+                value = value + a_j * r**j
+                slope = slope + j * a_j * r ** (j - 1)
+            r = r - value / xp.where(slope > 0, slope, xp.ones_like(slope))
+        safe = r * (1 - 100 * eps(half, xp))  # Newton's last step may end a rounding error to the right
+        return xp.where(finite, safe, xp.full_like(r, math.inf))
+
+    def radius(self) -> Array:
+        """Certified radius of convergence r0, in the caller's units."""
+        return scalar(ldexp(self._radius, -self._fit(self.t), self.triplet._xp))
+
+    def remainder(self, x: Any, order: int) -> Array:
+        """Bound of |sigma(A(x)) - partial sum of that order|; infinite for |x| >= r0."""
+        xp, d = self.triplet._xp, self._safe_d
+        x = xp.abs(array(x, d, xp) if isinstance(x, int | float | complex) else xp.asarray(x))
+        zero = xp.zeros_like(x) + xp.zeros_like(self._radius)
+        rho = ldexp(x + zero, self._fit(self.t) + zero, xp) / self._radius
+        inside = rho < 1
+        rho = xp.where(inside, rho, zero)
+        truncation = (d / 2 + self._fit(self.triplet._spread)) * rho ** (order + 1) / (1 - rho)
+        # Cauchy's bound of what a backward error does to the n-th coefficient: e (n + 1) margin r0^-n
+        rounding = zero
+        for n in range(order, -1, -1):
+            rounding = rounding * rho + math.e * (n + 1)
+        bound = ldexp(truncation + rounding * self._fit(self._margin), self._fit(self.triplet._e) + zero, xp)
+        return scalar(xp.where(inside, bound, zero + math.inf))

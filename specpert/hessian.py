@@ -1,0 +1,246 @@
+r"""The second derivative of a singular value as an operator, never dense unless asked (theory 1.3).
+
+In coordinates a = U^* G v, b = V^* G^* u the form is diagonal but for pairs (a_i, b_i):
+D^2 sigma[G, G] = sum_i direct_i (|a_i|^2 + |b_i|^2) + 2 cross_i Re(conj(a_i) b_i)
+                + (||p - U a||^2 + ||q - V b||^2) / sigma.
+
+Legend: G (..., m, n) directions; p = G v (..., m), q = G^* u (..., n); U, s, V thin SVD, r = min(m, n);
+direct_i = sigma / (sigma^2 - s_i^2), cross_i = s_i / (sigma^2 - s_i^2); for i = k they are +-1 / (4 sigma).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from specpert._arrays import Array, adjoint, array, as_arrays, exponent, eye, is_complex, ldexp, real, scalar
+from specpert.triplet import check_direction, prepare
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+
+class SigmaHessian:
+    """Second derivative of sigma_k at A: a symmetric form on m x n matrices, of rank at most m + n - 2 if A is real.
+
+    It is positive semidefinite for k = 0 only (convexity of the norm); for k > 0 the values 1 / (sigma_k - s_i) of the
+    larger singular values are negative. For complex A it is a real form on the real vector space of complex matrices.
+
+    Parameters
+    ----------
+    A : array, shape (..., m, n), or SingularTriplet
+        The matrix, or what :func:`singular_triplet` prepared from it.
+    k : int
+        Index of the singular value, 0 being the largest.
+
+    Raises
+    ------
+    DegenerateSingularValueError, ZeroSingularValueError, NonFiniteError, IndexError, TypeError, ValueError
+        As :func:`singular_triplet`.
+
+    Examples
+    --------
+    sigma_0 of [3, x] is sqrt(9 + x^2), with second derivative 1/3 at x = 0:
+
+    >>> import numpy as np
+    >>> from specpert import SigmaHessian
+    >>> H = SigmaHessian([[3.0, 0.0]])
+    >>> print(H.dense().reshape(2, 2))
+    [[0.         0.        ]
+     [0.         0.33333333]]
+    >>> bool(np.isclose(H.trace(), 1 / 3) and np.isclose(H.quadratic(np.array([[5.0, 3.0]])), 3.0))
+    True
+    """
+
+    def __init__(self, A: Any, k: int = 0) -> None:
+        triplet, _ = prepare(A, k, [], [], cluster=False)
+        if not isinstance(triplet.k, int):
+            raise TypeError(
+                f"expected one singular value, k an int, got k = {triplet.k}; take one SigmaHessian for each"
+            )
+        self.triplet = triplet
+        self._xp = xp = triplet._xp
+        self._U, self._V = triplet._U, triplet._V
+        sigma, s = triplet._values, triplet._s
+        at_k = array([i == triplet.k for i in range(s.shape[-1])], s, xp, dtype=xp.bool)
+        difference = xp.where(at_k, xp.ones_like(s), sigma - s)
+        # direct +- cross: the form is sum_i minus_i |a_i + b_i|^2 + plus_i |a_i - b_i|^2, accurate near a close pair
+        self._minus = xp.where(at_k, xp.zeros_like(s), 1 / (2 * difference))
+        self._plus = 1 / (2 * (sigma + s))
+        self._sigma = sigma[..., 0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m n, m n), the shape of the dense matrix for a real A."""
+        m, n = self.triplet.shape[-2:]
+        return m * n, m * n
+
+    def quadratic(self, G: Any) -> Array:
+        """D^2 sigma[G, G] for a matrix or a stack G (..., m, n), with the stack's shape (...)."""
+        G = self._direction(G)
+        u, v = self.triplet.u, self.triplet.v
+        return self.from_projections(_times(G, v), _times(adjoint(G, self._xp), u))
+
+    def from_projections(self, p: Any, q: Any) -> Array:
+        """D^2 sigma[G, G] from p = G v (..., m) and q = G^* u (..., n) alone (theory 2.4)."""
+        xp, (_, p, q) = as_arrays(self._U, p, q, names=["A", "p", "q"])
+        m, n = self.triplet.shape[-2:]
+        if p.shape[-1:] != (m,) or q.shape[-1:] != (n,) or p.shape[:-1] != q.shape[:-1]:
+            raise ValueError(
+                f"expected p (..., {m}) and q (..., {n}) with equal leading axes, "
+                f"got {tuple(p.shape)} and {tuple(q.shape)}"
+            )
+        U, V = self._U, self._V
+        e = _vector_exponent(p, q, xp)
+        p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
+        a, b = _coordinates(U, p, xp), _coordinates(V, q, xp)
+        total = xp.sum(self._minus * _square(a + b, xp) + self._plus * _square(a - b, xp), axis=-1)
+        if m > n:
+            total = total + xp.sum(_square(p - _times(U, a), xp), axis=-1) / self._sigma
+        if n > m:
+            total = total + xp.sum(_square(q - _times(V, b), xp), axis=-1) / self._sigma
+        return scalar(ldexp(total, 2 * e - self.triplet._e, xp))
+
+    def inner(self, factor: Any) -> Array:
+        """<H, F^T F> = sum_i D^2 sigma[F_i, F_i] for a low-rank covariance given by its factor F (M, m, n)."""
+        return scalar(self._xp.sum(self.quadratic(factor), axis=-1))
+
+    def product(self, G: Any) -> Array:
+        """The matrix H[G] (..., m, n) with <H[G], G'> = D^2 sigma[G, G'] for every G' (real part of the trace)."""
+        xp, G = self._xp, self._direction(G)
+        u, v = self.triplet.u, self.triplet.v
+        p, q = _times(G, v), _times(adjoint(G, xp), u)
+        e = _vector_exponent(p, q, xp)
+        p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
+        x, y = self.triplet._resolvent()(p[..., None], q[..., None])
+        product = x @ adjoint(v[..., None], xp) + u[..., None] @ adjoint(y, xp)
+        return ldexp(product, (e - self.triplet._e)[..., None, None], xp)
+
+    __matmul__ = product
+
+    def eigenvalues(self) -> Array:
+        """Non-zero eigenvalues in descending order, shape (..., m + n - 2) for real A (theory 1.3).
+
+        1 / (sigma - s_i) and 1 / (sigma + s_i) for each i != k, and 1 / sigma |m - n| times; for complex A each twice,
+        and 1 / sigma once more.
+        """
+        xp, k, s = self._xp, self.triplet.k, self.triplet._s
+        others = [i for i in range(s.shape[-1]) if i != k]
+        values = [2 * w[..., i] for w in (self._minus, self._plus) for i in others]
+        m, n = self.triplet.shape[-2:]
+        values += [1 / self._sigma] * abs(m - n)
+        if is_complex(self._U, xp):
+            values = values * 2 + [1 / self._sigma]
+        if not values:
+            return xp.zeros((*self._sigma.shape, 0), dtype=s.dtype, device=s.device)
+        return xp.sort(ldexp(xp.stack(values, axis=-1), -self.triplet._e[..., None], xp), axis=-1, descending=True)
+
+    def trace(self) -> Array:
+        """Sum of the eigenvalues, shape (...)."""
+        return scalar(self._xp.sum(self.eigenvalues(), axis=-1))
+
+    def diagonal(self) -> Array:
+        """D^2 sigma[E_pq, E_pq] for the unit matrices, shape (..., m, n).
+
+        For complex A shape (..., m, n, 2): for the directions E_pq and i E_pq.
+        """
+        xp = self._xp
+        L, R, C = self._blocks()
+        u, v = self.triplet.u[..., :, None], self.triplet.v[..., None, :]
+        left = real(xp.linalg.diagonal(L), xp)[..., :, None] * _square(v, xp)
+        right = _square(u, xp) * real(xp.linalg.diagonal(R), xp)[..., None, :]
+        cross = 2 * real(u * xp.conj(v) * C if is_complex(C, xp) else u * v * C, xp)
+        if not is_complex(self._U, xp):
+            return ldexp(left + right + cross, -self.triplet._e[..., None, None], xp)
+        both = xp.stack([left + right + cross, left + right - cross], axis=-1)
+        return ldexp(both, -self.triplet._e[..., None, None, None], xp)
+
+    def dense(self, layout: str = "tensor") -> Array:
+        """The whole form; see :func:`sigma_hessian`."""
+        from specpert.derivative import sigma_hessian
+
+        return sigma_hessian(self.triplet, layout=layout)
+
+    def as_linear_operator(self) -> LinearOperator:
+        """SciPy LinearOperator on row-major vectors G.reshape(-1), for a real NumPy matrix."""
+        from scipy.sparse.linalg import LinearOperator
+
+        m, n = self.triplet.shape[-2:]
+        if len(self.triplet.shape) > 2 or not isinstance(self._U, np.ndarray) or np.iscomplexobj(self._U):
+            raise TypeError("expected one real NumPy matrix for a SciPy operator, got a stack, complex or other array")
+
+        def matvec(x: np.ndarray) -> np.ndarray:
+            return np.asarray(self.product(x.reshape(m, n))).reshape(-1)
+
+        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=self._U.dtype)
+
+    def _blocks(self) -> tuple[Array, Array, Array]:
+        """L = U diag(direct) U^* + (I - U U^*) / sigma, R alike from V, and C = U diag(cross) V^*, for A / 2^e."""
+        xp, U, V = self._xp, self._U, self._V
+        Ua, Va = adjoint(U, xp), adjoint(V, xp)
+        direct = (self._minus + self._plus)[..., None, :]
+        cross = (self._minus - self._plus)[..., None, :]
+        L, R, C = (U * direct) @ Ua, (V * direct) @ Va, (U * cross) @ Va
+        sigma = self._sigma[..., None, None]
+        m, n = self.triplet.shape[-2:]
+        if m > n:
+            L = L + (eye(m, U, xp) - U @ Ua) / sigma
+        if n > m:
+            R = R + (eye(n, V, xp) - V @ Va) / sigma
+        return L, R, C
+
+    def _direction(self, G: Any) -> Array:
+        _, (_, G) = as_arrays(self._U, G, names=["A", "G"])
+        check_direction(G, "G", self.triplet.shape, self._xp)
+        return G
+
+
+def dense_hessian(hessian: SigmaHessian) -> Array:
+    """Shape (..., m, n, m, n); for complex A (..., m, n, 2, m, n, 2) in the real coordinates of entries (Re, Im)."""
+    xp, triplet = hessian._xp, hessian.triplet
+    L, R, C = hessian._blocks()
+    u, v = triplet.u, triplet.v
+    if not is_complex(u, xp):
+        # H[p, q, :, :] = v_q (L_p v^T + u C_p) + u_p (u R_q + C_q v^T): two small matrices, one pass over the result
+        left = L[..., :, :, None] * v[..., None, None, :] + u[..., None, :, None] * C[..., :, None, :]
+        Ct = xp.matrix_transpose(C)
+        right = u[..., None, :, None] * R[..., :, None, :] + Ct[..., :, :, None] * v[..., None, None, :]
+        dense = v[..., None, :, None, None] * left[..., :, None, :, :]
+        dense += u[..., :, None, None, None] * right[..., None, :, :, :]
+        return ldexp(dense, -triplet._e[..., None, None, None, None], xp)
+    uc, vc = xp.conj(u), xp.conj(v)
+    # pairings of c E_pq with c' E_p'q': coefficients conj(c) c', c conj(c') and conj(c c')
+    one = vc[..., None, :, None, None] * v[..., None, None, None, :] * L[..., :, None, :, None]
+    two = uc[..., :, None, None, None] * u[..., None, None, :, None] * R[..., None, :, None, :]
+    both = vc[..., None, :, None, None] * u[..., None, None, :, None] * C[..., :, None, None, :]
+    Ct = xp.matrix_transpose(C)
+    both = both + u[..., :, None, None, None] * vc[..., None, None, None, :] * Ct[..., None, :, :, None]
+    rows = []
+    for c in (1, 1j):
+        row = []
+        for d in (1, 1j):
+            cc, dd = complex(c).conjugate(), complex(d).conjugate()
+            row.append(xp.real(one * (cc * d) + two * (c * dd) + both * (cc * dd)))
+        rows.append(xp.stack(row, axis=-1))  # (..., m, n, m, n, 2)
+    dense = xp.stack(rows, axis=-4)  # (..., m, n, 2, m, n, 2)
+    return ldexp(dense, -triplet._e[..., None, None, None, None, None, None], xp)
+
+
+def _square(x: Array, xp: Any) -> Array:
+    return xp.real(x) ** 2 + xp.imag(x) ** 2 if is_complex(x, xp) else x * x
+
+
+def _times(M: Array, x: Array) -> Array:
+    """M x for a stack of vectors x (..., n); one product where M is a single matrix and x a stack."""
+    if M.ndim == 2 and x.ndim >= 2:
+        return x @ M.T if x.ndim == 2 else (M @ x[..., None])[..., 0]
+    return (M @ x[..., None])[..., 0]
+
+
+def _coordinates(U: Array, p: Array, xp: Any) -> Array:
+    return _times(adjoint(U, xp), p)
+
+
+def _vector_exponent(p: Array, q: Array, xp: Any) -> Array:
+    return xp.maximum(exponent(p[..., None, :], xp), exponent(q[..., None, :], xp))

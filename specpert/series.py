@@ -1,0 +1,269 @@
+"""Taylor series of a singular value, or of a cluster of them, along a direction or an analytic family.
+
+Legend: A(x) = A + x A_1 + x^2 A_2 + ...; lam_n Taylor coefficients; P_n (..., m), Q_n (..., n) vector series;
+E_n (..., c, c) effective matrices of a cluster (theory 1.8); e, t exponents of two: A / 2^e and A_j / 2^(e + j t).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from specpert._arrays import (
+    Array,
+    Namespace,
+    adjoint,
+    array,
+    exponent,
+    eye,
+    finite,
+    ldexp,
+    namespace,
+    real,
+    scalar,
+)
+from specpert._recursion import Coefficient, Vectors, extend, value_coefficients
+from specpert.certificate import Certificate
+from specpert.result import Status
+from specpert.triplet import SingularTriplet, prepare
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SigmaSeries:
+    """Taylor series of one singular value (or of several, on an axis before the order).
+
+    Attributes
+    ----------
+    coefficients : array, shape (..., N + 1) or (..., K, N + 1)
+        Taylor coefficients lam_0 = sigma, lam_1, ... lam_N.
+    gap : array
+        Isolation distance of the value (theory 1.9).
+    status : Status
+        Whether digits are lost to a close neighbour.
+    left, right : array, shape (..., m, N + 1) and (..., n, N + 1), or None
+        Coefficients of the vector series P(x), Q(x), where asked for; the singular vectors at x are P(x) / ||P(x)||
+        and Q(x) / ||Q(x)|| (theory 1.7).
+    """
+
+    coefficients: Array
+    gap: Array
+    status: Status
+    left: Array | None
+    right: Array | None
+    _certificate: Certificate = field(repr=False)
+
+    @property
+    def order(self) -> int:
+        """N, the order of the last coefficient."""
+        return int(self.coefficients.shape[-1]) - 1
+
+    @property
+    def derivatives(self) -> Array:
+        """The n! lam_n: derivatives of sigma(A(x)) at x = 0; for a linear family D^n sigma[H, ..., H]."""
+        factorials = [float(math.factorial(n)) for n in range(self.order + 1)]
+        factorials = array(factorials, self.coefficients, namespace(self.coefficients))
+        return self.coefficients * factorials
+
+    @property
+    def radius(self) -> Array:
+        """Certified radius of convergence r0 (theory 1.9)."""
+        return self._certificate.radius()
+
+    def remainder(self, x: Any) -> Array:
+        """Bound of |sigma(A(x)) - series(x)|; infinite for |x| >= radius (theory 1.9)."""
+        return self._certificate.remainder(x, self.order)
+
+    def __call__(self, x: Any) -> Array:
+        """Sum of the series at x, a real number or an array that broadcasts with the stack."""
+        xp = namespace(self.coefficients)
+        x = array(x, self.coefficients, xp) if isinstance(x, int | float | complex) else xp.asarray(x)
+        total = self.coefficients[..., -1] + xp.zeros_like(x)
+        for n in range(self.order - 1, -1, -1):
+            total = total * x + self.coefficients[..., n]
+        return scalar(total)
+
+    def __repr__(self) -> str:
+        return f"SigmaSeries(coefficients={self.coefficients}, gap={self.gap}, {self.status.name})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ClusterSeries:
+    """Taylor series of the effective matrix of a cluster (theory 1.8): small gaps inside it do not matter.
+
+    Attributes
+    ----------
+    effective_matrices : array, shape (..., N + 1, c, c)
+        E_0 ... E_N; the eigenvalues of sum_n x^n E_n are the singular values of the cluster at x.
+    gap : array
+        Distance of the cluster to the rest of the spectrum.
+    status : Status
+        Always ``Status.CLUSTER``.
+    left, right : array, shape (..., m, c, N + 1) and (..., n, c, N + 1), or None
+        Coefficients of the block series, where asked for: they span the singular subspaces.
+    """
+
+    effective_matrices: Array
+    gap: Array
+    status: Status
+    left: Array | None
+    right: Array | None
+    _certificate: Certificate = field(repr=False)
+
+    @property
+    def order(self) -> int:
+        """N, the order of the last effective matrix."""
+        return int(self.effective_matrices.shape[-3]) - 1
+
+    @property
+    def mean(self) -> Array:
+        """Taylor coefficients (..., N + 1) of the mean of the cluster's singular values: tr E_n / c."""
+        c = self.effective_matrices.shape[-1]
+        xp = namespace(self.effective_matrices)
+        diagonal = real(xp.linalg.diagonal(self.effective_matrices), xp)
+        return xp.sum(diagonal, axis=-1) / c
+
+    @property
+    def radius(self) -> Array:
+        """Certified radius of convergence of the mean (theory 1.9)."""
+        return self._certificate.radius()
+
+    def remainder(self, x: Any) -> Array:
+        """Bound of the error of the partial sum of the mean at x; infinite for |x| >= radius."""
+        return self._certificate.remainder(x, self.order)
+
+    def values(self, x: float) -> Array:
+        """The cluster's singular values at x, in descending order, shape (..., c)."""
+        xp = namespace(self.effective_matrices)
+        total = self.effective_matrices[..., -1, :, :]
+        for n in range(self.order - 1, -1, -1):
+            total = total * x + self.effective_matrices[..., n, :, :]
+        # E(x) is similar to a Hermitian matrix, so its eigenvalues are real up to rounding
+        eigenvalues = xp.real(xp.linalg.eigvals(total))
+        return xp.sort(eigenvalues, axis=-1, descending=True)
+
+    def __repr__(self) -> str:
+        return f"ClusterSeries(mean={self.mean}, gap={self.gap}, {self.status.name})"
+
+
+def sigma_series(
+    A: Any, coefficients: Any, order: int, *, k: int | Sequence[int] = 0, vectors: bool = False
+) -> SigmaSeries | ClusterSeries:
+    r"""Taylor series of a singular value along a direction or an analytic family.
+
+    For :math:`A(x) = A + x A_1 + x^2 A_2 + \dots` the coefficients of
+    :math:`\sigma_k(A(x)) = \sum_n \lambda_n x^n` follow from Kato's expansion of the Jordan-Wielandt matrix
+    (theory 1.4), with vectors up to order N/2 only (theory 1.5).
+
+    Parameters
+    ----------
+    A : array, shape (..., m, n), or SingularTriplet
+        The matrix, or what :func:`singular_triplet` prepared from it (its k is then used).
+    coefficients : array, shape (..., m, n), or sequence of such arrays
+        One array is the direction H of the linear family A + x H; a sequence is A_1, A_2, ...
+    order : int
+        N, order of the last coefficient; 0 gives the singular value alone.
+    k : int, list of int, or tuple of int
+        Index of the singular value, 0 being the largest. A list asks for several values, each with its own series; a
+        tuple of consecutive indices for the block series of that cluster, in which ties do not matter (theory 1.8).
+    vectors : bool
+        Whether to return the vector series as well; they then go to order N.
+
+    Returns
+    -------
+    SigmaSeries
+        For one k or a list.
+    ClusterSeries
+        For a tuple.
+
+    Raises
+    ------
+    DegenerateSingularValueError, ZeroSingularValueError
+        The value asked for is tied, or zero.
+    OverflowError
+        A coefficient exceeds the range of the dtype.
+    IndexError, NonFiniteError, TypeError, ValueError
+        k, order or an array is not as described.
+
+    Examples
+    --------
+    The square root of 9 + x^2 is the singular value of [3, x]:
+
+    >>> from specpert import sigma_series
+    >>> series = sigma_series([[3.0, 0.0]], [[0.0, 1.0]], 4)
+    >>> print(series.coefficients)
+    [ 3.          0.          0.16666667  0.         -0.00462963]
+    >>> float(series.radius)
+    1.4999999999999...
+    >>> bool(abs(series(0.1) - 9.01**0.5) <= series.remainder(0.1))
+    True
+
+    A cluster through an exact tie: the values of [[1, x], [x, 1]] are 1 + x and 1 - x.
+
+    >>> cluster = sigma_series([[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]], 3, k=(0, 1))
+    >>> print(cluster.values(0.25), cluster.mean)
+    [1.25 0.75] [1. 0. 0. 0.]
+    """
+    if isinstance(order, bool) or not isinstance(order, int) or order < 0:
+        raise ValueError(f"expected order to be an integer >= 0, got {order!r}")
+    cluster = isinstance(k, tuple) or (isinstance(A, SingularTriplet) and A._cluster)
+    family = _as_family(coefficients)
+    names = ["H"] if len(family) == 1 else [f"A_{j}" for j in range(1, len(family) + 1)]
+    triplet, family = prepare(A, k, family, names, cluster=cluster)
+    xp = triplet._xp
+    t, scaled = _scale(family, triplet._e, xp)
+    state = Vectors([_products(A_j, xp) for A_j in scaled], triplet._columns(triplet._U), triplet._columns(triplet._V))
+    E0 = xp.astype(triplet._values[..., None, :] * eye(len(triplet._indices), triplet._s, xp), triplet._U.dtype)
+    E = extend(state, triplet._resolvent(), E0, triplet._coupled, order if vectors or cluster else order // 2, xp)
+    left, right = (_vector_coefficients(triplet, w, t) if vectors else None for w in (state.P, state.Q))
+    certificate = Certificate(triplet, t, tuple(scaled))
+    if cluster:
+        matrices = _stack(E, triplet._e, t, xp)
+        return ClusterSeries(xp.moveaxis(matrices, -1, -3), triplet.gap, triplet.status, left, right, certificate)
+    lam = triplet._pick(xp.moveaxis(_stack(value_coefficients(state, E, order, xp), triplet._e, t, xp), -1, -2))
+    return SigmaSeries(lam, triplet.gap, triplet.status, left, right, certificate)
+
+
+def _as_family(coefficients: Any) -> list[Any]:
+    """One direction, or the sequence A_1, A_2, ...; nested lists of numbers are one matrix."""
+    if isinstance(coefficients, list | tuple) and coefficients:
+        first = coefficients[0]
+        if getattr(first, "ndim", None) is None:
+            first = np.asarray(first)
+        if first.ndim >= 2:
+            return list(coefficients)
+    return [coefficients]
+
+
+def _scale(family: list[Array], e: Array, xp: Namespace) -> tuple[Array, list[Array]]:
+    """Exponent t (...) and A_j / 2^(e + j t), the largest of which is about one."""
+    t = None
+    for j, A_j in enumerate(family, start=1):
+        size = xp.where(xp.any(A_j != 0, axis=(-2, -1)), exponent(A_j, xp) - e, array(-math.inf, e, xp))
+        size = xp.ceil(size / j)
+        t = size if t is None else xp.maximum(t, size)
+    t = xp.where(xp.isfinite(t), t, xp.zeros_like(t))
+    return t, [ldexp(A_j, -(e + j * t)[..., None, None], xp) for j, A_j in enumerate(family, start=1)]
+
+
+def _products(A_j: Array, xp: Namespace) -> Coefficient:
+    adjoint_j = adjoint(A_j, xp)
+    return lambda Q: A_j @ Q, lambda P: adjoint_j @ P
+
+
+def _stack(terms: list[Array], e: Array, t: Array, xp: Namespace) -> Array:
+    """Terms of order 0, 1, ... on a new last axis, term n times 2^(e + n t)."""
+    stacked = xp.stack(xp.broadcast_arrays(*terms), axis=-1)
+    orders = array([float(n) for n in range(len(terms))], t, xp)
+    power = e[..., None] + orders * t[..., None]
+    power = xp.reshape(power, (*power.shape[:-1], *(1,) * (terms[0].ndim - e.ndim), len(terms)))
+    return finite(ldexp(stacked, power, xp), f"coefficients up to order {len(terms) - 1}", xp)
+
+
+def _vector_coefficients(triplet: SingularTriplet, terms: list[Array], t: Array) -> Array:
+    """Vectors (..., m, N + 1), or (..., m, c, N + 1) for several values."""
+    stacked = _stack(terms, triplet._xp.zeros_like(triplet._e), t, triplet._xp)
+    return stacked[..., 0, :] if isinstance(triplet.k, int) else stacked
