@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COLUMNS", "NETWORK", "SPLIT_COLUMNS", "History", "JsonLinesSink", "Row", "Sink", "read_history"]
+__all__ = ["COLUMNS", "NETWORK", "SPLIT_COLUMNS", "History", "JsonLinesSink", "Row", "Sink", "json_ready", "read_history"]
 
 Row = dict[str, Any]
 
@@ -140,7 +140,7 @@ class JsonLinesSink:
         self._file.close()
 
     def _put(self, rows: Sequence[Row]) -> None:
-        lines = [json.dumps({k: _finite(v) for k, v in row.items()}, allow_nan=False) for row in rows]
+        lines = [json.dumps(json_ready(row), allow_nan=False) for row in rows]
         self._file.write("".join(line + "\n" for line in lines))
         self._file.flush()
 
@@ -172,6 +172,16 @@ def read_history(path: str | os.PathLike[str]) -> History:
     return history
 
 
-def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
+def json_ready(value: Any) -> Any:
+    """The value with NaN and infinities, which strict JSON does not have, replaced by None at any depth.
+
+    Examples
+    --------
+    >>> json_ready({"a": [1.0, float("nan")]})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,8 @@
+"""``python -m lipdyn_torch`` is the `lipdyn` command."""
+
+import sys
+
+from lipdyn_torch.experiments.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The paper's models, data and runs, and the `lipdyn` command line."""
