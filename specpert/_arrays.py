@@ -133,12 +133,13 @@ def ldexp(x: Array, e: Array, xp: Namespace) -> Array:
     """Return x * 2^e, with e broadcast against x; no intermediate result overflows or becomes NaN."""
     top = float(math.floor(math.log2(float(xp.finfo(x.dtype).max))) - 1)
     two = array(2.0, e, xp)
-    for _ in range(3):  # three factors span more than the range of the floats, so the rest of e cannot matter
-        part = xp.clip(e, -top, top)
-        x = x * xp.astype(xp.pow(two, part), x.dtype)
-        e = e - part
-        if not bool(xp.any(e != 0)):
-            break
+    with np.errstate(over="ignore", under="ignore"):  # callers look for infinities themselves
+        for _ in range(3):  # three factors span more than the range of the floats, so the rest of e cannot matter
+            part = xp.clip(e, -top, top)
+            x = x * xp.astype(xp.pow(two, part), x.dtype)
+            e = e - part
+            if not bool(xp.any(e != 0)):
+                break
     return x
 
 

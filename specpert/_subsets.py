@@ -110,7 +110,7 @@ def _proper_parts(S: int) -> Iterator[int]:
 def dense_tensor(order: int, resolvent: Resolvent, u: Array, v: Array, xp: Namespace) -> Array:
     """D^order sigma on all basis directions, shape (B,) * order, from vector tensors of orders to order / 2.
 
-    The basis is E_pq in row-major order of (p, q); for complex u, v of (p, q, part) with the directions E_pq and i E_pq.
+    The basis is E_pq in row-major order of (p, q); for complex u, v of (p, q, part) with directions E_pq and i E_pq.
     """
     b = (order - 1) // 2
     a = order - 1 - b

@@ -91,8 +91,9 @@ class Certificate:
         xp, d = self.triplet._xp, self._safe_d
         x = xp.abs(array(x, d, xp) if isinstance(x, int | float | complex) else xp.asarray(x))
         zero = xp.zeros_like(x) + xp.zeros_like(self._radius)
-        rho = ldexp(x + zero, self._fit(self.t) + zero, xp) / self._radius
-        inside = rho < 1
+        certified = self._radius > 0
+        rho = ldexp(x + zero, self._fit(self.t) + zero, xp) / xp.where(certified, self._radius, zero + 1)
+        inside = certified & (rho < 1)
         rho = xp.where(inside, rho, zero)
         truncation = (d / 2 + self._fit(self.triplet._spread)) * rho ** (order + 1) / (1 - rho)
         # Cauchy's bound of what a backward error does to the n-th coefficient: e (n + 1) margin r0^-n

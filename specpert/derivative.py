@@ -17,7 +17,7 @@ from specpert._arrays import Array, adjoint, array, dtype_name, eye, finite, is_
 from specpert._subsets import dense_tensor, mixed_cluster_mean, mixed_derivative
 from specpert.hessian import SigmaHessian, dense_hessian
 from specpert.result import DegenerateSingularValueError, DenseSizeError
-from specpert.series import SigmaSeries, _products, _scale, sigma_series
+from specpert.series import ClusterSeries, SigmaSeries, _products, _scale, sigma_series
 from specpert.triplet import SingularTriplet, prepare
 
 MAX_DENSE_BYTES = 2**31
@@ -109,8 +109,8 @@ def sigma_derivative(
     if directions is None:
         return _dense(triplet, order, layout)
     if len(given) == 1:
-        series = sigma_series(triplet, given[0], order)
-        coefficients = series.coefficients if isinstance(series, SigmaSeries) else series.mean
+        series: SigmaSeries | ClusterSeries = sigma_series(triplet, given[0], order)
+        coefficients = series.mean if isinstance(series, ClusterSeries) else series.coefficients
         return scalar(coefficients[..., order] * math.factorial(order))
     return _mixed(triplet, given)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -149,6 +149,14 @@ class ClusterSeries:
         return f"ClusterSeries(mean={self.mean}, gap={self.gap}, {self.status.name})"
 
 
+@overload
+def sigma_series(
+    A: Any, coefficients: Any, order: int, *, k: tuple[int, ...], vectors: bool = False
+) -> ClusterSeries: ...
+@overload
+def sigma_series(
+    A: Any, coefficients: Any, order: int, *, k: int | list[int] = 0, vectors: bool = False
+) -> SigmaSeries: ...
 def sigma_series(
     A: Any, coefficients: Any, order: int, *, k: int | Sequence[int] = 0, vectors: bool = False
 ) -> SigmaSeries | ClusterSeries:
@@ -223,7 +231,8 @@ def sigma_series(
     if cluster:
         matrices = _stack(E, triplet._e, t, xp)
         return ClusterSeries(xp.moveaxis(matrices, -1, -3), triplet.gap, triplet.status, left, right, certificate)
-    lam = triplet._pick(xp.moveaxis(_stack(value_coefficients(state, E, order, xp), triplet._e, t, xp), -1, -2))
+    lam = _stack(value_coefficients(state, E, order, xp), triplet._e, t, xp)
+    lam = lam[..., 0, :] if isinstance(triplet.k, int) else lam
     return SigmaSeries(lam, triplet.gap, triplet.status, left, right, certificate)
 
 

@@ -1,0 +1,147 @@
+"""SigmaHessian against the dense matrix; spectrum, trace and diagonal in closed form."""
+
+import math
+
+import numpy as np
+import pytest
+from oracles import with_spectrum
+from scipy.sparse.linalg import eigsh
+
+from specpert import SigmaHessian, sigma_derivative, sigma_hessian, singular_triplet
+
+CASES = [
+    (4, 6, [3.0, 2.0, 1.0, 0.4]),
+    (6, 4, [3.0, 2.0, 1.0, 0.4]),
+    (4, 4, [3.0, 2.0, 1.0, 0.4]),
+    (5, 6, [3.0, 2.0, 1.0]),
+    (1, 3, [2.0]),
+    (3, 1, [2.0]),
+    (1, 1, [2.0]),
+]
+
+
+def case(m, n, values, complex_, k):
+    rng = np.random.default_rng([m, n, k])
+    A = with_spectrum(rng, m, n, values, complex_)
+    G = rng.standard_normal((5, m, n)) + (1j * rng.standard_normal((5, m, n)) if complex_ else 0)
+    return A, G
+
+
+def flat(G):
+    """Coordinates of a stack of directions, as the rows of the dense form."""
+    return np.stack([G.real, G.imag], axis=-1).reshape(len(G), -1) if np.iscomplexobj(G) else G.reshape(len(G), -1)
+
+
+table = pytest.mark.parametrize(
+    ("A", "G", "k"),
+    [
+        pytest.param(*case(m, n, values, complex_, k), k, id=f"{m}x{n}-rank{len(values)}-{'CR'[not complex_]}-k{k}")
+        for m, n, values in CASES
+        for complex_ in (False, True)
+        for k in sorted({0, len(values) - 1})
+    ],
+)
+
+
+def dense_matrix(A, k):
+    D = sigma_hessian(A, k=k)
+    side = math.isqrt(D.size)
+    return D.reshape(side, side)
+
+
+@table
+def test_quadratic_forms(A, G, k):
+    H, D = SigmaHessian(A, k=k), dense_matrix(A, k)
+    expected = np.einsum("ia,ab,ib->i", flat(G), D, flat(G))
+    np.testing.assert_allclose(H.quadratic(G), expected, rtol=1e-11, atol=1e-12)
+    triplet = singular_triplet(A, k=k)
+    p, q = G @ triplet.v, np.swapaxes(G.conj(), 1, 2) @ triplet.u
+    np.testing.assert_allclose(SigmaHessian(triplet).from_projections(p, q), expected, rtol=1e-11, atol=1e-12)
+    assert math.isclose(H.inner(G), expected.sum(), rel_tol=1e-11, abs_tol=1e-12)
+    assert math.isclose(H.quadratic(G[0]), expected[0], rel_tol=1e-11, abs_tol=1e-12)
+    for g, value in zip(G, expected, strict=True):
+        assert math.isclose(sigma_derivative(A, 2, k=k, directions=g), value, rel_tol=1e-11, abs_tol=1e-12)
+
+
+@table
+def test_product(A, G, k):
+    H, D = SigmaHessian(A, k=k), dense_matrix(A, k)
+    np.testing.assert_allclose(flat(H @ G), flat(G) @ D, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(H.product(G[0]), (H @ G)[0], atol=1e-13)
+
+
+@table
+def test_spectrum_trace_and_diagonal(A, G, k):
+    H, D = SigmaHessian(A, k=k), dense_matrix(A, k)
+    eigenvalues = np.linalg.eigvalsh(D)
+    nonzero = H.eigenvalues()
+    full = np.sort(np.concatenate([nonzero, np.zeros(len(D) - len(nonzero))]))
+    np.testing.assert_allclose(full, eigenvalues, atol=1e-12)
+    assert math.isclose(H.trace(), np.trace(D), rel_tol=1e-12, abs_tol=1e-12)
+    np.testing.assert_allclose(H.diagonal().reshape(-1), np.diag(D), atol=1e-12)
+    # convexity: positive semidefinite for the largest value only
+    assert (eigenvalues.min() > -1e-12) == (k == 0)
+
+
+def test_scipy_operator():
+    rng = np.random.default_rng(0)
+    A = with_spectrum(rng, 6, 5, [4.0, 3.0, 2.0, 1.0, 0.5])
+    H = SigmaHessian(A, k=1)
+    operator = H.as_linear_operator()
+    assert operator.shape == (30, 30)
+    g = rng.standard_normal(30)
+    np.testing.assert_allclose(operator @ g, H.dense().reshape(30, 30) @ g, atol=1e-12)
+    np.testing.assert_allclose(operator.T @ g, operator @ g, atol=1e-12)
+    top = eigsh(operator, k=2, which="LA", return_eigenvectors=False)
+    np.testing.assert_allclose(np.sort(top), np.sort(H.eigenvalues())[-2:], rtol=1e-10)
+    with pytest.raises(TypeError, match="expected one real NumPy matrix"):
+        SigmaHessian(A + 1j * A).as_linear_operator()
+
+
+def test_layouts_of_the_dense_form():
+    A = np.random.default_rng(1).standard_normal((3, 2))
+    H = SigmaHessian(A)
+    np.testing.assert_array_equal(H.dense("vec"), sigma_hessian(A, layout="vec"))
+    assert H.shape == (6, 6)
+
+
+def test_stack_of_matrices():
+    rng = np.random.default_rng(2)
+    A, G = rng.standard_normal((2, 3, 4, 5))
+    H = SigmaHessian(A, k=1)
+    for i in range(3):
+        one = SigmaHessian(A[i], k=1)
+        assert math.isclose(H.quadratic(G)[i], one.quadratic(G[i]), rel_tol=1e-12)
+        np.testing.assert_allclose((H @ G)[i], one @ G[i], atol=1e-12)
+        np.testing.assert_allclose(H.diagonal()[i], one.diagonal(), atol=1e-12)
+        np.testing.assert_allclose(H.eigenvalues()[i], one.eigenvalues(), atol=1e-12)
+
+
+def test_extreme_scales():
+    A, G = np.random.default_rng(3).standard_normal((2, 4, 3))
+    one = SigmaHessian(A).quadratic(G)
+    for a, g in [(1e-250, 1e-250), (1e250, 1e250), (1.0, 1e150), (1e200, 1e-30)]:
+        found = SigmaHessian(a * A).quadratic(g * G)
+        expected = math.log(one) + 2 * math.log(g) - math.log(a)
+        assert math.isclose(math.log(found) if found > 0 else -math.inf, expected, rel_tol=1e-12)
+
+
+def test_close_pair_keeps_its_digits():
+    """(a + b)^2 / (2 (sigma - s)): no cancellation between the a and b parts when the gap is 1e-9."""
+    rng = np.random.default_rng(4)
+    A = np.diag([1.0, 1.0 - 1e-9, 0.5])
+    G = rng.standard_normal((3, 3))
+    G = G - G.T  # antisymmetric: a + b = 0 for every pair, so the form is sum |a - b|^2 / (2 (sigma + s)), gap or none
+    expected = sum((2 * G[i, 0]) ** 2 / (2 * (A[0, 0] + A[i, i])) for i in (1, 2))
+    assert math.isclose(SigmaHessian(A).quadratic(G), expected, rel_tol=1e-14)
+
+
+def test_bad_input():
+    A = np.random.default_rng(5).standard_normal((3, 4))
+    H = SigmaHessian(A)
+    with pytest.raises(ValueError, match=r"expected p \(\.\.\., 3\) and q \(\.\.\., 4\)"):
+        H.from_projections(np.ones((2, 4)), np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"expected G of shape \(\.\.\., 3, 4\) like A, got \(4, 3\)"):
+        H.quadratic(A.T)
+    with pytest.raises(TypeError, match="expected one singular value"):
+        SigmaHessian(A, k=[0, 1])

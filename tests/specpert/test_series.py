@@ -1,0 +1,309 @@
+"""sigma_series against values at 90 digits, against literal twins, and by laws."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import (
+    by_name,
+    kato_trace,
+    published_closed_form,
+    recursion_dense,
+    reference_cases,
+    taylor_mpmath,
+    with_spectrum,
+)
+
+from specpert import SigmaSeries, Status, sigma_derivative, sigma_series, singular_triplet
+
+TOLERANCE = {"badly_scaled_k1": 1e-10}
+
+
+def relative(found, expected):
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("vectors", [False, True], ids=["2n+1", "recursion"])
+@pytest.mark.parametrize("case", **by_name(reference_cases("series")))
+def test_direction_against_90_digits(case, vectors):
+    series = sigma_series(case["A"], case["H"][0], case["order"], k=case["k"], vectors=vectors)
+    assert relative(series.coefficients, np.array(case["value"])) <= TOLERANCE.get(case["name"], 1e-12)
+
+
+@pytest.mark.parametrize("vectors", [False, True], ids=["2n+1", "recursion"])
+@pytest.mark.parametrize("case", **by_name(reference_cases("family")))
+def test_family_against_90_digits(case, vectors):
+    series = sigma_series(case["A"], case["H"], case["order"], k=case["k"], vectors=vectors)
+    assert relative(series.coefficients, np.array(case["value"])) <= 1e-12
+
+
+@pytest.mark.parametrize("case", **by_name(reference_cases("cluster")))
+def test_cluster_mean_against_90_digits(case):
+    series = sigma_series(case["A"], case["H"][0], case["order"], k=tuple(case["k"]))
+    assert relative(series.mean, np.array(case["value"])) <= 1e-12
+    assert series.status is Status.CLUSTER
+
+
+SHAPES = [(5, 5), (3, 7), (8, 3), (1, 4), (4, 1), (1, 1)]
+
+
+def random_case(shape, complex_, seed=0):
+    rng = np.random.default_rng([seed, *shape])
+    A, H = rng.standard_normal((2, *shape)) + (1j * rng.standard_normal((2, *shape)) if complex_ else 0)
+    return A, H
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_k_against_mpmath(shape, complex_):
+    A, H = random_case(shape, complex_)
+    for k in range(min(shape)):
+        expected = taylor_mpmath(A, H, k, 7)
+        assert relative(sigma_series(A, H, 7, k=k).coefficients, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)], ids=str)
+def test_dense_recursion_is_the_same(shape, complex_):
+    A, H = random_case(shape, complex_)
+    for k in range(min(shape)):
+        assert relative(sigma_series(A, H, 6, k=k).coefficients, recursion_dense(A, H, k, 6)) <= 1e-12
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3)], ids=str)
+def test_kato_trace_formula(shape):
+    A, H = random_case(shape, False)
+    series = sigma_series(A, H, 5, k=1)
+    s = np.linalg.svd(A, compute_uv=False)
+    kato = [kato_trace(A, H, s[1], n) for n in range(1, 6)]
+    assert relative(series.coefficients[1:], np.array(kato)) <= 1e-11
+
+
+def test_kato_trace_formula_of_a_cluster():
+    rng = np.random.default_rng(3)
+    A, H = with_spectrum(rng, 4, 5, [2.0, 2.0, 1.0, 0.5]), rng.standard_normal((4, 5))
+    mean = sigma_series(A, H, 4, k=(0, 1)).mean
+    assert relative(mean[1:], np.array([kato_trace(A, H, 2.0, n, c=2) for n in range(1, 5)])) <= 1e-11
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)], ids=str)
+def test_published_closed_form_is_wrong_from_order_3(shape):
+    A, H = random_case(shape, False, seed=1)
+    truth = taylor_mpmath(A, H, 0, 5)
+    published = np.array([published_closed_form(A, H, 0, n) for n in range(1, 6)])
+    np.testing.assert_allclose(published[:2], truth[1:3], rtol=1e-11)
+    assert (abs(published[2:] / truth[3:] - 1) > 1e-3).all()
+    np.testing.assert_allclose(sigma_series(A, H, 5).coefficients, truth, rtol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (5, 5)], ids=str)
+def test_published_resolvent_is_wrong_from_order_4(shape):
+    A, H = random_case(shape, False, seed=2)
+    truth = taylor_mpmath(A, H, 0, 5)
+    published = recursion_dense(A, H, 0, 5, published_resolvent=True)
+    np.testing.assert_allclose(published[:4], truth[:4], rtol=1e-11)
+    assert (abs(published[4:] / truth[4:] - 1) > 1e-4).all()
+
+
+def test_published_resolvent_is_wrong_from_order_2_for_complex_matrices():
+    A, H = random_case((4, 5), True, seed=3)
+    truth = taylor_mpmath(A, H, 0, 2)
+    published = recursion_dense(A, H, 0, 2, published_resolvent=True)
+    np.testing.assert_allclose(published[:2], truth[:2], rtol=1e-11)
+    assert abs(published[2] / truth[2] - 1) > 1e-3
+
+
+def test_general_family_is_not_the_linear_one():
+    """n! lam_n = D^n[A_1, ..., A_1] for the linear family only: 2 lam_2 = D^2[A_1, A_1] + 2 D[A_2]."""
+    A, H = random_case((4, 5), False)
+    A2 = random_case((4, 5), False, seed=9)[0]
+    lam = sigma_series(A, [H, A2], 2).coefficients
+    expected = sigma_derivative(A, 2, directions=H) + 2 * sigma_derivative(A, 1, directions=A2)
+    assert math.isclose(2 * lam[2], expected, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+def test_vector_series_solve_the_perturbed_problem(complex_):
+    A, H = random_case((5, 4), complex_)
+    series = sigma_series(A, H, 12, k=1, vectors=True)
+    x = 0.3 * series.radius
+    powers = x ** np.arange(13)
+    P, Q, sigma = series.left @ powers, series.right @ powers, series(x)
+    bound = 20 * series.remainder(x) + 1e-12
+    assert np.abs((A + x * H) @ Q - sigma * P).max() < bound
+    assert np.abs((A + x * H).conj().T @ P - sigma * Q).max() < bound
+    assert abs(np.linalg.norm(P) - np.linalg.norm(Q)) < bound
+    # the normalisation w_0^* w(x) = 1
+    assert abs((series.left[:, 0].conj() @ P + series.right[:, 0].conj() @ Q) / 2 - 1) < 1e-13
+
+
+def test_cluster_goes_through_a_small_gap():
+    """theory 1.8: the block series does not see the gap 1e-3; the series of the single value diverges."""
+    rng = np.random.default_rng(5)
+    A, H = with_spectrum(rng, 6, 7, [3.0, 2.001, 2.0, 1.0, 0.3]), rng.standard_normal((6, 7))
+    H /= np.linalg.norm(H, 2)
+    x = 0.03
+    truth = np.linalg.svd(A + x * H, compute_uv=False)
+    cluster = sigma_series(A, H, 12, k=(1, 2))
+    np.testing.assert_allclose(cluster.values(x), truth[1:3], atol=1e-13)
+    assert abs(cluster.mean @ x ** np.arange(13) - truth[1:3].mean()) <= cluster.remainder(x)
+    single = sigma_series(A, H, 12, k=1)
+    assert single.status is Status.CLOSE_PAIR
+    assert abs(single(x) - truth[1]) > 1e3
+    assert single.remainder(x) == np.inf
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+def test_cluster_through_an_exact_tie(complex_):
+    rng = np.random.default_rng(6)
+    A = with_spectrum(rng, 5, 4, [2.0, 1.5, 1.5, 1.5], complex_)
+    H = random_case((5, 4), complex_)[1]
+    cluster = sigma_series(A, H, 10, k=(1, 2, 3))
+    x = 0.2 * cluster.radius
+    np.testing.assert_allclose(cluster.values(x), np.linalg.svd(A + x * H, compute_uv=False)[1:], atol=1e-10)
+
+
+def test_cluster_of_one_is_the_series():
+    A, H = random_case((4, 6), False)
+    np.testing.assert_allclose(sigma_series(A, H, 6, k=(2,)).mean, sigma_series(A, H, 6, k=2).coefficients, rtol=1e-10)
+
+
+def test_tie_elsewhere_changes_nothing():
+    rng = np.random.default_rng(7)
+    A, H = with_spectrum(rng, 5, 6, [3.0, 2.0, 2.0, 1.0, 1.0]), rng.standard_normal((5, 6))
+    assert relative(sigma_series(A, H, 6).coefficients, taylor_mpmath(A, H, 0, 6)) <= 1e-12
+
+
+def test_stack_and_several_k_share_one_call():
+    rng = np.random.default_rng(8)
+    A, H = rng.standard_normal((2, 2, 3, 4, 6))
+    series = sigma_series(A, H, 5, k=[2, 0])
+    assert series.coefficients.shape == (2, 3, 2, 6)
+    for i in np.ndindex(2, 3):
+        for j, k in enumerate([2, 0]):
+            one = sigma_series(A[i], H[i], 5, k=k)
+            np.testing.assert_allclose(series.coefficients[*i, j], one.coefficients, rtol=1e-10, atol=1e-12)
+            np.testing.assert_allclose(series.gap[*i, j], one.gap)
+            np.testing.assert_allclose(series.radius[*i, j], one.radius)
+            np.testing.assert_allclose(series.remainder(1e-3)[*i, j], one.remainder(1e-3), rtol=1e-6)
+
+
+def test_one_matrix_many_directions():
+    rng = np.random.default_rng(9)
+    A, H = rng.standard_normal((4, 5)), rng.standard_normal((7, 4, 5))
+    many = sigma_series(A, H, 4)
+    np.testing.assert_allclose(many.coefficients, [sigma_series(A, h, 4).coefficients for h in H], atol=1e-12)
+    np.testing.assert_allclose(many.radius, [sigma_series(A, h, 4).radius for h in H])
+
+
+def test_triplet_is_prepared_once():
+    A, H = random_case((5, 7), False)
+    triplet = singular_triplet(A, k=2)
+    np.testing.assert_array_equal(sigma_series(triplet, H, 6).coefficients, sigma_series(A, H, 6, k=2).coefficients)
+    np.testing.assert_allclose(A @ triplet.v, triplet.sigma * triplet.u, atol=1e-14)
+    np.testing.assert_allclose(triplet.singular_values, np.linalg.svd(A, compute_uv=False), rtol=1e-14)
+
+
+def test_lists_of_numbers_and_integers_are_matrices():
+    series = sigma_series([[3, 0], [0, 1]], [[0, 1], [1, 0]], 2)
+    # sigma of [[3, x], [x, 1]] is 2 + sqrt(1 + x^2)
+    np.testing.assert_allclose(series.coefficients, [3.0, 0.0, 0.5], atol=1e-15)
+    assert series.coefficients.dtype == np.float64
+
+
+def test_order_zero_is_the_value():
+    A, H = random_case((3, 4), False)
+    np.testing.assert_allclose(sigma_series(A, H, 0).coefficients, np.linalg.svd(A, compute_uv=False)[:1])
+
+
+def test_derivatives_and_calls():
+    A, H = random_case((4, 4), False)
+    series = sigma_series(A, H, 5)
+    assert isinstance(series, SigmaSeries)
+    factorials = [math.factorial(n) for n in range(6)]
+    np.testing.assert_allclose(series.derivatives, series.coefficients * factorials)
+    x = np.array([0.0, 0.01, 0.02])
+    np.testing.assert_allclose(series(x), np.polynomial.polynomial.polyval(x, series.coefficients), rtol=1e-14)
+    assert series.remainder(x).shape == (3,)
+    assert repr(series).startswith("SigmaSeries(coefficients=[")
+
+
+# --- laws --------------------------------------------------------------------------------------------------------
+
+seeds = st.integers(0, 2**32 - 1)
+sides = st.integers(1, 6)
+
+
+def law_case(seed, m, n, complex_=False):
+    """A with well separated values, so that tolerances mean something, and a direction of norm one."""
+    rng = np.random.default_rng(seed)
+    values = np.cumsum(rng.uniform(0.3, 1.5, min(m, n)))[::-1]
+    A = with_spectrum(rng, m, n, list(values), complex_)
+    H = rng.standard_normal((m, n)) + (1j * rng.standard_normal((m, n)) if complex_ else 0)
+    return rng, A, H / np.linalg.norm(H, 2)
+
+
+def assert_same_series(found, expected, d):
+    """Equal up to rounding, coefficient n in units of d (2 / d)^n."""
+    weights = (d / 2) ** np.arange(len(expected)) / d
+    assert np.abs((found - expected) * weights).max() <= 1e-12 * max(1, abs(expected[0]) / d)
+
+
+@given(seeds, sides, sides, st.booleans(), st.sampled_from([1e-250, 1e-30, 0.5, 3.0, 1e30, 1e250]))
+@settings(max_examples=100, deadline=None)
+def test_homogeneity(seed, m, n, complex_, scale):
+    _, A, H = law_case(seed, m, n, complex_)
+    series, scaled = sigma_series(A, H, 5), sigma_series(scale * A, scale * H, 5)
+    assert_same_series(scaled.coefficients / scale, series.coefficients, series.gap)
+    assert math.isclose(scaled.radius, series.radius, rel_tol=1e-10)
+
+
+@given(seeds, sides, sides, st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_unitary_invariance(seed, m, n, complex_):
+    rng, A, H = law_case(seed, m, n, complex_)
+    L, R = with_spectrum(rng, m, m, [1.0] * m, complex_), with_spectrum(rng, n, n, [1.0] * n, complex_)
+    series = sigma_series(A, H, 6, k=min(m, n) - 1)
+    moved = sigma_series(L @ A @ R, L @ H @ R, 6, k=min(m, n) - 1)
+    assert_same_series(moved.coefficients, series.coefficients, series.gap)
+
+
+@given(seeds, sides, sides, st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_adjoint(seed, m, n, complex_):
+    _, A, H = law_case(seed, m, n, complex_)
+    series, adjoint = sigma_series(A, H, 6), sigma_series(A.conj().T, H.conj().T, 6)
+    assert_same_series(adjoint.coefficients, series.coefficients, series.gap)
+
+
+@given(seeds, sides, sides)
+@settings(max_examples=100, deadline=None)
+def test_orders_double(seed, m, n):
+    _, A, H = law_case(seed, m, n)
+    series, doubled = sigma_series(A, H, 4), sigma_series(A, [np.zeros_like(H), H], 8)
+    assert_same_series(doubled.coefficients[::2], series.coefficients, series.gap)
+    assert np.abs(doubled.coefficients[1::2]).max() == 0
+    assert math.isclose(doubled.radius, math.sqrt(series.radius), rel_tol=1e-9)
+
+
+@given(seeds, sides, sides)
+@settings(max_examples=100, deadline=None)
+def test_sum_of_squares(seed, m, n):
+    """sum_k sigma_k(x)^2 = ||A + x H||_F^2, a polynomial of degree two."""
+    _, A, H = law_case(seed, m, n)
+    series = sigma_series(A, H, 6, k=list(range(min(m, n))))
+    total = sum(np.convolve(c, c)[:7] for c in series.coefficients)
+    expected = np.array([np.sum(A * A), 2 * np.sum(A * H), np.sum(H * H), 0, 0, 0, 0])
+    weights = (series.gap.min() / 2) ** np.arange(7)
+    assert np.abs((total - expected) * weights).max() <= 1e-11 * expected[0]
+
+
+@given(seeds, st.integers(3, 6), st.integers(3, 6))
+@settings(max_examples=60, deadline=None)
+def test_cluster_mean_is_the_mean_of_its_values(seed, m, n):
+    _, A, H = law_case(seed, m, n)
+    separate = sigma_series(A, H, 5, k=[0, 1, 2])
+    cluster = sigma_series(A, H, 5, k=(0, 1, 2))
+    assert_same_series(cluster.mean, separate.coefficients.mean(axis=0), separate.gap.min())
