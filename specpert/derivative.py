@@ -17,7 +17,7 @@ from specpert._arrays import Array, adjoint, array, dtype_name, eye, finite, is_
 from specpert._subsets import dense_tensor, mixed_cluster_mean, mixed_derivative
 from specpert.hessian import SigmaHessian, dense_hessian
 from specpert.result import DegenerateSingularValueError, DenseSizeError
-from specpert.series import ClusterSeries, SigmaSeries, _products, _scale, sigma_series
+from specpert.series import ClusterSeries, _products, _scale, expand
 from specpert.triplet import SingularTriplet, prepare
 
 MAX_DENSE_BYTES = 2**31
@@ -109,7 +109,7 @@ def sigma_derivative(
     if directions is None:
         return _dense(triplet, order, layout)
     if len(given) == 1:
-        series: SigmaSeries | ClusterSeries = sigma_series(triplet, given[0], order)
+        series = expand(triplet, given, order)
         coefficients = series.mean if isinstance(series, ClusterSeries) else series.coefficients
         return scalar(coefficients[..., order] * math.factorial(order))
     return _mixed(triplet, given)
@@ -203,7 +203,7 @@ def _dense_cluster_mean(triplet: SingularTriplet, order: int) -> Array:
     B = basis.shape[0]
     multi = list(combinations_with_replacement(range(B), order))
     directions = [xp.take(basis, array([c[i] for c in multi], basis, xp, dtype=xp.int64), axis=0) for i in range(order)]
-    values = _mixed(triplet, directions) if order > 1 else sigma_series(triplet, directions[0], 1).mean[..., 1]
+    values = _mixed(triplet, directions)
     where = {c: i for i, c in enumerate(multi)}
     flat = [where[tuple(sorted(c))] for c in product(range(B), repeat=order)]
     dense = xp.take(values, array(flat, basis, xp, dtype=xp.int64), axis=0)

@@ -221,7 +221,14 @@ def sigma_series(
     family = _as_family(coefficients)
     names = ["H"] if len(family) == 1 else [f"A_{j}" for j in range(1, len(family) + 1)]
     triplet, family = prepare(A, k, family, names, cluster=cluster)
-    xp = triplet._xp
+    return expand(triplet, family, order, vectors)
+
+
+def expand(
+    triplet: SingularTriplet, family: list[Array], order: int, vectors: bool = False
+) -> SigmaSeries | ClusterSeries:
+    """Series of what the triplet holds, for a family of the right library, dtype and shape."""
+    xp, cluster = triplet._xp, triplet._cluster
     t, scaled = _scale(family, triplet._e, xp)
     state = Vectors([_products(A_j, xp) for A_j in scaled], triplet._columns(triplet._U), triplet._columns(triplet._V))
     E0 = xp.astype(triplet._values[..., None, :] * eye(len(triplet._indices), triplet._s, xp), triplet._U.dtype)
