@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import specpert
 import torch
 from torch import Tensor
+
+import specpert
 
 __all__ = ["Spectrum", "hessian_diagonal", "hessian_pairing", "read_spectrum", "spectral_norm", "taylor"]
 

@@ -98,9 +98,7 @@ def network_noise(scores: Sequence[Tensor], sigmas: Sequence[float], lrs: Sequen
     >>> network_noise([a, -a], [1.0, 1.0], [0.1, 0.1])
     0.0
     """
-    z = torch.stack(
-        [lr / sigma * score for score, sigma, lr in zip(scores, sigmas, lrs, strict=True)]
-    ).sum(0)
+    z = torch.stack([lr / sigma * score for score, sigma, lr in zip(scores, sigmas, lrs, strict=True)]).sum(0)
     samples = len(z)
     if samples < 2:
         return math.nan
@@ -163,9 +161,7 @@ def mean_z(z0: float, m: ArrayLike, c: ArrayLike, v_layers: ArrayLike) -> NDArra
     return z0 + np.concatenate([[0.0], np.cumsum(steps)])
 
 
-def expected_log_k(
-    z0: float, m: ArrayLike, c: ArrayLike, v: ArrayLike, v_layers: ArrayLike
-) -> NDArray[np.float64]:
+def expected_log_k(z0: float, m: ArrayLike, c: ArrayLike, v: ArrayLike, v_layers: ArrayLike) -> NDArray[np.float64]:
     """``log E[K]`` before the first and after every step (theory 2.2 with the cross-layer term of 2.9).
 
     Right when m, c and v do not depend on the path and the batches are independent (theory 2.5): never use it

@@ -16,7 +16,10 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COLUMNS", "NETWORK", "SPLIT_COLUMNS", "History", "JsonLinesSink", "Row", "Sink", "json_ready", "read_history"]
+__all__ = [
+    *("COLUMNS", "NETWORK", "SPLIT_COLUMNS"),
+    *("History", "JsonLinesSink", "Row", "Sink", "json_ready", "read_history"),
+]
 
 Row = dict[str, Any]
 
@@ -102,7 +105,7 @@ class History:
 
 
 class JsonLinesSink:
-    """Writes rows as strict JSON, one a line, the first line holding `History.meta`; NaN becomes null.
+    r"""Writes rows as strict JSON, one a line, the first line holding `History.meta`; NaN becomes null.
 
     Every step reaches the operating system as a single flushed write, so a crash loses at most the step
     being written.
@@ -120,7 +123,7 @@ class JsonLinesSink:
     ...     sink.write([{"step": 0, "layer": "network", "z": float("nan")}])
     ...     sink.close()
     ...     Path(sink.path).read_text()
-    '{"step": 0, "layer": "network", "z": null}\\n'
+    '{"step": 0, "layer": "network", "z": null}\n'
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

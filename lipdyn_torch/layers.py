@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
-__all__ = ["LayerRule", "LinearRule", "Conv2dRule", "find_rule", "register_rule", "unsupported_reason"]
+__all__ = ["Conv2dRule", "LayerRule", "LinearRule", "find_rule", "register_rule", "unsupported_reason"]
 
 # Per-sample gradients exist only in the variance part, and never more than this many numbers at a time.
 _CHUNK_NUMBERS = 1 << 22
@@ -70,17 +70,18 @@ class LinearRule(_WeightRule):
     """
 
     def unsupported(self, module: nn.Module) -> str | None:
+        """Every linear layer can be read."""
         return None
 
-    def contract(
-        self, module: nn.Linear, x: Tensor, delta: Tensor, u: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def contract(self, module: nn.Linear, x: Tensor, delta: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``p_i = sum_t delta_it (x_it . v)``, ``q_i = sum_t x_it (delta_it . u)``."""
         x, delta = self._positions(x), self._positions(delta)
         p = torch.einsum("ito,it->io", delta, x @ v)
         q = torch.einsum("itn,it->in", x, delta @ u)
         return p, q
 
     def sum_of_squares(self, module: nn.Linear, x: Tensor, delta: Tensor) -> Tensor:
+        """``(delta o delta)^T (x o x)`` for vectors; per-sample gradients in chunks for sequences."""
         x, delta = self._positions(x), self._positions(delta)
         if x.shape[1] == 1:  # one position: the square of an outer product is the outer product of squares
             return delta[:, 0].square().T @ x[:, 0].square()
@@ -100,15 +101,15 @@ class Conv2dRule(_WeightRule):
     """
 
     def unsupported(self, module: nn.Module) -> str | None:
+        """Grouped convolutions are several matrices."""
         groups = getattr(module, "groups", 1)
         return None if groups == 1 else f"convolution with groups={groups}, only groups=1 is read"
 
-    def contract(
-        self, module: nn.Conv2d, x: Tensor, delta: Tensor, u: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def contract(self, module: nn.Conv2d, x: Tensor, delta: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """``p_i = sum_t delta_it conv(x_i; v)_t``; ``q_i`` the kernel gradient for output gradient ``u . delta_i``."""
         x, delta = self._padded(module, x), self._batched(delta)
         kernel = v.reshape(1, *module.weight.shape[1:])
-        response = F.conv2d(x, kernel, stride=module.stride, dilation=module.dilation)[:, 0]
+        response = functional.conv2d(x, kernel, stride=module.stride, dilation=module.dilation)[:, 0]
         p = torch.einsum("iohw,ihw->io", delta, response)
         # q_i is the kernel gradient of a one-channel convolution: correlate each input channel with
         # u . delta_i laid out at the places every kernel tap reads. Only one channel is ever unfolded.
@@ -117,10 +118,11 @@ class Conv2dRule(_WeightRule):
         return p, q.flatten(1)
 
     def sum_of_squares(self, module: nn.Conv2d, x: Tensor, delta: Tensor) -> Tensor:
+        """Per-sample kernel gradients, a chunk of samples at a time."""
         x, delta = self._padded(module, x), self._batched(delta)
         total = delta.new_zeros(delta.shape[1], module.weight[0].numel())
         for chunk in _chunks(len(x), module.weight.numel() + x[0].numel() * module.weight[0, 0].numel()):
-            patches = F.unfold(
+            patches = functional.unfold(
                 x[chunk], module.kernel_size, dilation=module.dilation, stride=module.stride
             )  # (chunk, n, positions)
             total += torch.einsum("iot,int->ion", delta[chunk].flatten(2), patches).square().sum(0)
@@ -144,7 +146,7 @@ class Conv2dRule(_WeightRule):
             else:
                 width += [int(module.padding[axis])] * 2
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        return F.pad(cls._batched(x), width, mode=mode) if any(width) else cls._batched(x)
+        return functional.pad(cls._batched(x), width, mode=mode) if any(width) else cls._batched(x)
 
     @staticmethod
     def _taps(module: nn.Conv2d, t: Tensor, size: torch.Size) -> Tensor:

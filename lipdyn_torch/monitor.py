@@ -238,9 +238,7 @@ class LipschitzMonitor:
         return measurements
 
 
-def _find_layers(
-    model: nn.Module, optimizer: Optimizer, split: bool
-) -> tuple[list[Watch], dict[str, str]]:
+def _find_layers(model: nn.Module, optimizer: Optimizer, split: bool) -> tuple[list[Watch], dict[str, str]]:
     """Watches for the layers that can be read, and the reasons for all other modules with parameters."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     watches: dict[int, Watch] = {}

@@ -6,7 +6,7 @@ a `Figure` is returned, to be shown by a notebook or saved with ``figure.savefig
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ LAYER_STYLES = [
     *[(ORANGE, "-"), (BLACK, "--")],
 ]
 PREDICTOR_STYLES = [(VERMILION, "--"), (BLUE, "-."), (GREEN, (0, (1, 1)))]
-RC = {
+RC: dict[Any, Any] = {
     **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7},
     **{"xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.2, "axes.linewidth": 0.6},
     **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
@@ -53,7 +53,8 @@ def summary_figure(history: History | pd.DataFrame) -> Figure:
 
     with mpl.rc_context(RC):
         figure = Figure(figsize=(7.0, 5.0), layout="constrained")
-        upper, lower = figure.subfigures(2, 1, height_ratios=[1.0, 1.05])
+        parts = np.asarray(figure.subfigures(2, 1, height_ratios=[1.0, 1.05]))
+        upper, lower = parts[0], parts[1]
         left, right = upper.subplots(1, 2)
         predictions = _predictions(history)
         log_k_panel(left, history, predictions)

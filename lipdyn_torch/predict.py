@@ -154,7 +154,8 @@ def sde(
 def _sum_of_layer_variances(frame: pd.DataFrame) -> NDArray[np.float64]:
     layers = frame[frame["layer"] != NETWORK]
     v = layers["lr"] * layers["lambda_sq"]
-    return v.groupby(layers["step"], sort=True).agg(lambda x: x.sum(skipna=False)).to_numpy(float)
+    sums = v.groupby(layers["step"], sort=True).agg(lambda x: x.sum(skipna=False))
+    return np.asarray(sums, dtype=np.float64)
 
 
 def _certificate(history: History | pd.DataFrame, order: int, layer: str) -> NDArray[np.float64]:

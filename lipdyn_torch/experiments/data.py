@@ -45,6 +45,4 @@ def digits(test_share: float = 0.2, seed: int = 0) -> Images:
     test = round(test_share * len(x))
     test_x, train_x = x[order[:test]], x[order[test:]]
     mean, sd = train_x.mean(), train_x.std()  # of the training images only
-    return Images(
-        ((train_x - mean) / sd).float(), y[order[test:]], ((test_x - mean) / sd).float(), y[order[:test]]
-    )
+    return Images(((train_x - mean) / sd).float(), y[order[test:]], ((test_x - mean) / sd).float(), y[order[:test]])
