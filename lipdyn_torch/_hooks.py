@@ -60,7 +60,7 @@ class Watch:
         """Read the spectrum again if the weight is not bitwise the one it was read from; True if it was not."""
         matrix = self.rule.matrix(self.module)
         known = self.spectrum.matrix
-        if known.device == matrix.device and torch.equal(known, matrix):
+        if known.device == matrix.device and torch.equal(known.view(torch.int64), matrix.view(torch.int64)):
             return False
         self.spectrum = read_spectrum(matrix)
         return True

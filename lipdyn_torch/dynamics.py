@@ -57,8 +57,8 @@ def noise_curvature(pairing: float, sigma: float, lr: float) -> float:
 
     Examples
     --------
-    >>> noise_curvature(pairing=0.4, sigma=2.0, lr=0.1)
-    0.01
+    >>> noise_curvature(pairing=0.5, sigma=2.0, lr=0.25)
+    0.03125
     """
     return lr * pairing / (2.0 * sigma)
 
@@ -68,8 +68,8 @@ def noise_strength(variance: float, sigma: float, lr: float) -> float:
 
     Examples
     --------
-    >>> noise_strength(variance=0.4, sigma=2.0, lr=0.1)
-    0.01
+    >>> noise_strength(variance=0.5, sigma=2.0, lr=0.25)
+    0.03125
     """
     return lr * variance / sigma**2
 
@@ -175,8 +175,8 @@ def expected_log_k(z0: float, m: ArrayLike, c: ArrayLike, v: ArrayLike, v_layers
 
     Examples
     --------
-    >>> expected_log_k(0.0, [0.1], [0.02], [0.3], [0.3]).tolist()
-    [0.0, 0.12]
+    >>> expected_log_k(0.0, [0.25], [0.125], [0.3], [0.3]).tolist()
+    [0.0, 0.375]
     """
     steps = np.asarray(m, dtype=float) + np.asarray(c) + (np.asarray(v) - np.asarray(v_layers)) / 2
     return z0 + np.concatenate([[0.0], np.cumsum(steps)])
@@ -219,8 +219,8 @@ def bridge_variance(v: ArrayLike, batch: ArrayLike, dataset_size: int) -> NDArra
 
     Examples
     --------
-    >>> bridge_variance([1.0] * 4, [2] * 4, dataset_size=8).tolist()
-    [0.0, 0.75, 1.0, 0.75, 0.0]
+    >>> bridge_variance([0.25] * 4, [4] * 4, dataset_size=16).tolist()
+    [0.0, 0.1875, 0.25, 0.1875, 0.0]
     """
     total, inside, response = 0.0, 0.0, 0.0
     curve = [0.0]

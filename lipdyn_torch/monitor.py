@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -125,6 +126,8 @@ class LipschitzMonitor:
         dataset_size: int | None = None,
         sinks: Iterable[Sink] = (),
     ) -> None:
+        sinks = list(sinks)
+        _check_types(model, optimizer, sinks)
         _check_settings(every, noise, conv, sampling, dataset_size)
         self._split = noise == "split"
         self._every = every
@@ -141,7 +144,7 @@ class LipschitzMonitor:
                 **{"layers": self.layers, "skipped": self.skipped},
             }
         )
-        self._sinks = list(sinks)
+        self._sinks = sinks
         for sink in self._sinks:
             sink.start(self.history.meta)
         self._handles: list[RemovableHandle] = [watch.attach() for watch in self._watches]
@@ -159,7 +162,7 @@ class LipschitzMonitor:
         if self.history.rows:
             last = self.history.rows[-1]
             return last["z"] + last["dz"]
-        return sum(float(torch.tensor(watch.spectrum.sigma).log()) for watch in self._watches)
+        return sum(math.log(w.spectrum.sigma) if w.spectrum.sigma > 0 else math.nan for w in self._watches)
 
     def plot(self) -> Figure:
         """The run in one figure: log K against the predictors, their errors, and the forces layer by layer."""
@@ -287,6 +290,16 @@ def _row_name(path: str, module: nn.Module) -> str:
 def _describe(model: nn.Module, skipped: dict[str, str]) -> str:
     reasons = ", ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8])
     return f"{type(model).__name__} ({reasons or 'no parameters'})"
+
+
+def _check_types(model: object, optimizer: object, sinks: list[Any]) -> None:
+    for name, value, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
+        if not isinstance(value, kind):
+            public = f"torch.{'nn.Module' if kind is nn.Module else 'optim.Optimizer'}"
+            raise TypeError(f"expected a {public} as {name}, got {type(value).__name__}; call it (model, optimizer)")
+    for sink in sinks:
+        if not all(callable(getattr(sink, method, None)) for method in ("start", "write", "close")):
+            raise ValueError(f"expected sinks with start, write and close, got {sink!r}; wrap a path in JsonLinesSink")
 
 
 def _check_settings(every: object, noise: object, conv: object, sampling: object, dataset_size: object) -> None:

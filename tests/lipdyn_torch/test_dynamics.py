@@ -1,0 +1,79 @@
+"""Curves of Z and K against literal twins: enumeration, simulation and loops."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from lipdyn_torch import dynamics
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_bridge_variance_is_that_of_all_orders(batch):
+    """Every order of six samples, cut into batches: the exact variance of the partial sums (theory 2.10)."""
+    x = np.array([0.3, -1.2, 2.0, 0.1, 0.9, -0.4])
+    response = np.linspace(1.0, 1.5, 6 // batch)  # a changes from step to step
+    orders = np.array(list(itertools.permutations(x)))
+    means = orders.reshape(len(orders), -1, batch).mean(2)
+    exact = np.cumsum(means * response, axis=1).var(axis=0)
+    v = response**2 * x.var(ddof=1) / batch  # what one step would have with independent batches
+    bridge = dynamics.bridge_variance(v, [batch] * len(v), dataset_size=6)
+    assert bridge[1:] == pytest.approx(exact, rel=1e-12, abs=1e-15)
+
+
+def test_bridge_of_constant_steps_is_the_closed_form():
+    """Two epochs of 64 steps: k v (1 - k M/N) in each, nothing left over from the first."""
+    k = np.arange(1, 65)
+    bridge = dynamics.bridge_variance(np.full(128, 0.01), 8, dataset_size=512)
+    assert bridge[1:65] == pytest.approx(0.01 * k * (1 - k / 64), abs=1e-14)
+    assert bridge[65:] == pytest.approx(bridge[1:65], abs=1e-12)
+
+
+def test_epochs_without_their_incomplete_batch():
+    """Ten samples in batches of four: two steps per epoch, two samples unseen, so the noise does not cancel."""
+    bridge = dynamics.bridge_variance(np.ones(4), 4, dataset_size=10)
+    one, two = 1 - 4 / 10, 2 - 16 / 10
+    assert bridge == pytest.approx([0.0, one, two, two + one, 2 * two])
+
+
+@pytest.mark.parametrize("dataset_size", [None, 12])
+def test_sample_paths_have_the_predicted_moments(dataset_size):
+    v, batch, mean = np.array([1.0, 2.0, 0.5, 1.0, 1.5]), np.full(5, 4), np.linspace(0.0, 1.0, 6)
+    z = dynamics.sample_paths(mean, v, batch, paths=40_000, dataset_size=dataset_size, seed=1)
+    predicted = (
+        dynamics.diffusion_variance(v) if dataset_size is None else dynamics.bridge_variance(v, batch, dataset_size)
+    )
+    assert z.mean(0) == pytest.approx(mean, abs=4 * np.sqrt(v.sum() / 40_000))
+    assert z.var(0) == pytest.approx(predicted, rel=0.04, abs=1e-12)
+    again = dynamics.sample_paths(mean, v, batch, paths=40_000, dataset_size=dataset_size, seed=1)
+    assert np.array_equal(z, again)
+
+
+def test_expected_k_with_correlated_layers():
+    """Two layers with correlated noise: E[K] and Var[K] of the product by simulation (theory 2.9)."""
+    rng = np.random.default_rng(0)
+    m, c, covariance = np.array([0.02, -0.01]), np.array([0.005, 0.003]), np.array([[0.02, 0.012], [0.012, 0.03]])
+    steps, paths = 5, 400_000
+    noise = rng.multivariate_normal([0, 0], steps * covariance, size=paths).sum(1)
+    v_layers, v = np.full(steps, covariance.trace()), np.full(steps, covariance.sum())
+    m_z, c_z = np.full(steps, m.sum()), np.full(steps, c.sum())
+    z = dynamics.mean_z(0.3, m_z, c_z, v_layers)[-1] + noise
+    log_mean = dynamics.expected_log_k(0.3, m_z, c_z, v, v_layers)
+    k = np.exp(z)
+    assert np.exp(log_mean[-1]) == pytest.approx(k.mean(), rel=5 * k.std() / k.mean() / np.sqrt(paths))
+    sd = np.exp(dynamics.log_sd_k(log_mean, dynamics.diffusion_variance(v)))
+    assert sd[0] == 0.0
+    assert sd[-1] == pytest.approx(k.std(), rel=0.02)
+
+
+def test_clipping_of_impossible_changes():
+    changes, clipped = dynamics.pathwise_changes([1.0, -1.5, 0.7, 0.0])
+    assert clipped
+    assert changes == pytest.approx([np.log(0.1), np.log(0.2), np.log(0.2)])
+
+
+def test_paths_without_replacement_need_batch_sizes():
+    with pytest.raises(ValueError, match="expected the batch sizes with dataset_size, got None"):
+        dynamics.sample_paths(np.zeros(2), [1.0], dataset_size=3)

@@ -1,0 +1,464 @@
+"""The monitor changes nothing, keeps nothing, and says what it cannot measure."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import math
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from lipdyn_torch import (
+    JsonLinesSink,
+    LipschitzMonitor,
+    NoBackwardError,
+    NoSupportedLayerError,
+    UnownedParametersError,
+    read_history,
+)
+
+FORCES = ["mu", "kappa", "lambda_sq"]
+
+
+def train(case, monitored: bool, steps: int, **settings):
+    """Train in float32 with data drawn from torch's global generator, evaluating now and then."""
+    model = case.model(torch.float32)
+    model.insert(len(model), nn.Dropout(0.1))  # uses the global generator in every step
+    optimizer = case.optimizer(model)
+    monitor = LipschitzMonitor(model, optimizer, **settings) if monitored else None
+    losses = []
+    for step in range(steps):
+        losses.append(case.step(model, optimizer, step))
+        if step % 7 == 0:
+            with torch.no_grad():
+                model(case.data(step, torch.float32)[0])
+    return model, optimizer, torch.stack(losses), torch.get_rng_state(), monitor
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("settings", [{}, {"noise": "split"}, {"every": 3}], ids=["full", "split", "every"])
+def test_fifty_steps_are_bitwise_the_same(case, settings):
+    model, optimizer, losses, rng, _ = train(case, False, 50)
+    watched, watched_optimizer, watched_losses, watched_rng, monitor = train(case, True, 50, **settings)
+    assert torch.equal(losses, watched_losses)
+    assert torch.equal(rng, watched_rng)
+    for (name, p), q in zip(model.named_parameters(), watched.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert torch.equal(p.grad, q.grad), name
+    state, watched_state = optimizer.state_dict(), watched_optimizer.state_dict()
+    assert state["param_groups"] == watched_state["param_groups"]
+    assert str(state["state"]) == str(watched_state["state"])
+    assert list(watched.state_dict()) == list(model.state_dict())
+    assert len(monitor.history.steps) == len(range(0, 50, settings.get("every", 1)))
+    start = case.model(torch.float32).parameters()
+    moved = [not torch.equal(p, q) for p, q in zip(start, model.parameters(), strict=True)]
+    assert all(moved)  # the comparison is of a training that went somewhere
+
+
+def hooks_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    count = sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
+    return count + len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
+def test_close_removes_every_hook_also_after_an_exception(mlp_case):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    clean = [hooks_of(model, optimizer), [set(vars(m)) for m in model.modules()]]
+    monitor = LipschitzMonitor(model, optimizer)
+    assert hooks_of(model, optimizer) > 0
+    mlp_case.step(model, optimizer)
+    monitor.close()
+    monitor.close()
+    with pytest.raises(KeyboardInterrupt), LipschitzMonitor(model, optimizer):
+        raise KeyboardInterrupt
+    assert [hooks_of(model, optimizer), [set(vars(m)) for m in model.modules()]] == clean
+    mlp_case.step(model, optimizer)
+    assert monitor.history.steps == [0]
+
+
+def test_nothing_of_the_graph_outlives_the_step(mlp_case):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    inputs = []
+    model[2].register_forward_hook(lambda module, args, output: inputs.append(weakref.ref(args[0])))
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for step in range(3):
+            mlp_case.step(model, optimizer, step)
+        model(mlp_case.data()[0])  # a forward pass nobody differentiates
+        gc.collect()
+        assert [ref() for ref in inputs] == [None] * 4
+        assert all(not watch.parts and watch.samples == 0 for watch in monitor._watches)
+
+
+def test_evaluation_and_discarded_passes_do_not_count(mlp_case):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        with torch.no_grad():
+            model(mlp_case.data(5)[0])
+        model(mlp_case.data(6)[0])
+        mlp_case.step(model, optimizer)
+    table = monitor.history.to_pandas()
+    assert set(table["status"]) == {"ok"}
+    assert set(table["batch"]) == {mlp_case.batch}
+
+
+def test_copies_and_pickles_of_the_model_are_not_watched(mlp_case):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+            mlp_case.loss(twin(mlp_case.data()[0]), mlp_case.data()[1]).backward()
+        assert not any(watch.samples for watch in monitor._watches)
+        mlp_case.step(model, optimizer)
+        assert torch.func.vmap(model)(mlp_case.data()[0]).shape == (mlp_case.batch, 3)
+    assert {row["status"] for row in monitor.history} == {"ok"}
+
+
+def test_a_step_with_a_closure_is_measured(mlp_case):
+    tables = []
+    for closure in (False, True):
+        model = mlp_case.model()
+        optimizer = mlp_case.optimizer(model)
+        x, y = mlp_case.data()
+
+        def evaluate(model=model, optimizer=optimizer, x=x, y=y):
+            optimizer.zero_grad()
+            loss = mlp_case.loss(model(x), y)
+            loss.backward()
+            return loss
+
+        with LipschitzMonitor(model, optimizer) as monitor:
+            if closure:
+                optimizer.step(evaluate)
+            else:
+                evaluate()
+                optimizer.step()
+        tables.append(monitor.history.to_pandas())
+    assert tables[0].equals(tables[1])
+    assert set(tables[0]["status"]) == {"ok"}
+
+
+def test_weights_edited_between_steps_are_noticed(mlp_case):
+    """Also edits through ``.data``, which leave the version counter alone."""
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        mlp_case.step(model, optimizer)
+        model[0].weight.data.mul_(2.0)
+        sigma = float(torch.linalg.matrix_norm(model[0].weight.detach(), 2))
+        mlp_case.step(model, optimizer)
+        x, y = mlp_case.data()
+        optimizer.zero_grad()
+        mlp_case.loss(model(x), y).backward()
+        model[0].weight.data.mul_(2.0)
+        optimizer.step()
+    rows = [row for row in monitor.history if row["layer"] == "0"]
+    assert rows[1]["sigma"] == pytest.approx(sigma, rel=1e-12)
+    assert rows[1]["status"] == "ok"
+    assert rows[2]["status"] == "weight was changed between backward and step"
+    assert math.isnan(rows[2]["mu"])
+    assert rows[2]["dz2"] == pytest.approx(rows[2]["dz"], abs=1e-3)
+
+
+# --- wrong use -----------------------------------------------------------------------------------------------
+
+
+def test_model_without_supported_layer():
+    model = nn.Sequential(nn.LayerNorm(3), nn.Conv2d(2, 2, 1, groups=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(NoSupportedLayerError, match=r"expected .* Linear or Conv2d .*, got Sequential .*groups=2"):
+        LipschitzMonitor(model, optimizer)
+
+
+def test_optimizer_of_another_model(mlp_case):
+    optimizer = mlp_case.optimizer(mlp_case.model())
+    with pytest.raises(UnownedParametersError, match=r"expected an optimizer that trains .* got SGD .* of this very"):
+        LipschitzMonitor(mlp_case.model(), optimizer)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_step_without_backward(mlp_case, steps_before):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for step in range(steps_before):
+            mlp_case.step(model, optimizer, step)
+        weights = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(NoBackwardError, match=r"expected a backward pass .* got none .* call loss.backward\(\)"):
+            optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+        mlp_case.step(model, optimizer)  # training can go on
+    assert monitor.history.steps == list(range(steps_before + 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every": 0}, "expected every to be a whole number of steps, at least 1, got 0"),
+        ({"every": "auto"}, "expected every to be a whole number .* got 'auto'"),
+        ({"every": True}, "expected every to be a whole number .* got True"),
+        ({"noise": "sketch"}, "expected noise to be 'full' or 'split', got 'sketch'"),
+        ({"conv": "operator"}, "expected conv to be 'matrix', got 'operator'"),
+        ({"sampling": "sorted"}, "expected sampling to be 'shuffle' or 'iid', got 'sorted'"),
+        ({"dataset_size": 0}, "expected dataset_size to be a positive whole number or None, got 0"),
+        ({"sinks": ["history.jsonl"]}, "expected sinks with start, write and close, got 'history.jsonl'"),
+    ],
+)
+def test_wrong_settings(mlp_case, settings, message):
+    model = mlp_case.model()
+    with pytest.raises(ValueError, match=message):
+        LipschitzMonitor(model, mlp_case.optimizer(model), **settings)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_wrong_types(mlp_case, swap):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    arguments = (optimizer, model) if swap else (model, list(model.parameters()))
+    with pytest.raises(TypeError, match=r"expected a torch\.(nn\.Module|optim\.Optimizer)"):
+        LipschitzMonitor(*arguments)
+
+
+# --- what cannot be measured is NaN, and the status says why --------------------------------------------------
+
+
+def one_row(model: nn.Module, optimizer, backward, layer: str) -> dict:
+    with LipschitzMonitor(model, optimizer) as monitor:
+        backward()
+        optimizer.step()
+    return next(row for row in monitor.history if row["layer"] == layer)
+
+
+def test_batch_of_one(mlp_case):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    x, y = mlp_case.data()
+    with LipschitzMonitor(model, optimizer, noise="split") as monitor:
+        mlp_case.loss(model(x[:1]), y[:1]).backward()
+        optimizer.step()
+    table = monitor.history.to_pandas()
+    noise = ["kappa", "lambda_sq", "kappa_var", "kappa_cov", "lambda_sq_var", "lambda_sq_cov"]
+    assert table[noise].isna().to_numpy().all()
+    assert table["status"].str.contains("batch of one").all()
+    assert table["mu"].notna().all()
+    assert table["dz3"].to_numpy() == pytest.approx(table["dz"].to_numpy(), abs=1e-5)
+
+
+def test_an_unbatched_vector_is_a_batch_of_one(mlp_case):
+    model = mlp_case.model()
+    x, y = mlp_case.data()
+    row = one_row(model, mlp_case.optimizer(model), lambda: mlp_case.loss(model(x[0])[None], y[:1]).backward(), "0")
+    assert row["batch"] == 1
+    assert "batch of one" in row["status"]
+
+
+def test_equal_gradients_have_no_noise(mlp_case):
+    model = mlp_case.model()
+    x, y = (a[:1].repeat(4, *[1] * (a.ndim - 1)) for a in mlp_case.data())
+    row = one_row(model, mlp_case.optimizer(model), lambda: mlp_case.loss(model(x), y).backward(), "0")
+    assert row["status"] == "ok"
+    assert row["kappa"] == pytest.approx(0.0, abs=1e-25)
+    assert row["lambda_sq"] == pytest.approx(0.0, abs=1e-25)
+
+
+def test_zero_gradients_give_zeros(mlp_case):
+    model = mlp_case.model()
+    x, y = mlp_case.data()
+    row = one_row(model, mlp_case.optimizer(model), lambda: (0.0 * mlp_case.loss(model(x), y)).backward(), "2")
+    assert row["status"] == "ok"
+    assert [row[key] for key in (*FORCES, "eps", "dz1", "dz2", "dz3", "dz")] == [0.0] * 8
+
+
+@pytest.mark.parametrize(
+    ("weight", "status"),
+    [
+        (torch.eye(4), "largest singular value is repeated"),
+        (torch.zeros(4, 4), "weight is zero"),
+        (torch.full((4, 4), float("nan")), "weight is not finite"),
+    ],
+    ids=["tie", "zero", "nan"],
+)
+def test_weights_without_derivative(weight, status):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(5, 4)).square().sum().backward()
+            optimizer.step()
+    first, other, network = monitor.history.rows[:3]
+    assert first["status"].startswith(status)
+    assert all(math.isnan(first[key]) for key in [*FORCES, "gHg", "eps", "dz1", "dz2", "dz3"])
+    assert f"0: {status}" in network["status"]
+    assert math.isnan(network["mu"])
+    if not weight.isnan().any():
+        assert other["status"] == "ok"
+        assert first["sigma"] == float(weight.max())
+        assert monitor.history.rows[3]["status"] == "ok"  # the step has broken the tie
+
+
+def test_gradient_clipped_after_backward(mlp_case):
+    model = mlp_case.model()
+
+    def backward():
+        x, y = mlp_case.data()
+        mlp_case.loss(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+    row = one_row(model, mlp_case.optimizer(model), backward, "0")
+    assert row["status"].startswith("contributions do not sum to the gradient")
+    assert all(math.isnan(row[key]) for key in FORCES)
+    assert row["dz2"] == pytest.approx(row["dz"], abs=1e-9)
+
+
+def test_layer_used_twice_in_one_pass():
+    model = nn.Sequential(nn.Linear(4, 4))
+    row = one_row(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.001),
+        lambda: model(torch.tanh(model(torch.randn(5, 4)))).sum().backward(),
+        "0",
+    )
+    assert row["status"].startswith("layer used several times in one backward pass")
+    assert math.isnan(row["kappa"])
+    assert row["dz3"] == pytest.approx(row["dz"], abs=1e-5)
+
+
+def test_two_backward_passes_through_one_graph(mlp_case):
+    model = mlp_case.model()
+
+    def backward():
+        loss = mlp_case.loss(model(mlp_case.data()[0]), mlp_case.data()[1])
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    row = one_row(model, mlp_case.optimizer(model), backward, "0")
+    assert row["status"] == "several backward passes through one forward pass"
+
+
+def test_shared_weights_and_layers_left_out():
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a", "tied", "frozen", "elsewhere", "network", "idle")})
+    model["norm"] = nn.LayerNorm(4)
+    model["tied"].weight = model["a"].weight
+    model["frozen"].requires_grad_(False)
+    trained = [p for name in ("a", "network", "idle") for p in model[name].parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.01)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        x = torch.randn(6, 4)
+        for name in ("a", "tied", "network"):
+            x = torch.tanh(model[name](x))
+        x.sum().backward()
+        optimizer.step()
+    assert monitor.layers == ["a", "network.weight", "idle"]
+    assert monitor.skipped == {
+        "tied": "shares its weight with a",
+        "frozen": "frozen",
+        "elsewhere": "its weight is not in the optimizer",
+        "norm": "no rule for LayerNorm",
+    }
+    a, named_network, idle, network = monitor.history.rows
+    assert "weight is shared with tied" in a["status"]
+    assert named_network["status"] == "ok"
+    assert idle["status"] == "no gradient reached this layer"
+    assert (idle["dz2"], idle["dz"]) == (0.0, 0.0)
+    assert math.isnan(network["lambda_sq"])
+
+
+def test_model_that_is_itself_a_layer():
+    model = nn.Linear(4, 3)
+    row = one_row(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        lambda: model(input=torch.randn(5, 4)).square().sum().backward(),
+        "Linear",
+    )
+    assert row["status"] == "ok"
+
+
+def test_layers_that_see_different_numbers_of_samples():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(0, 1), nn.Linear(3, 2))
+    row = one_row(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        lambda: model(torch.randn(5, 4)).square().mean().backward(),
+        "network",
+    )
+    assert "different numbers of samples" in row["status"]
+    assert math.isnan(row["lambda_sq"])
+    assert not math.isnan(row["kappa"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: torch.optim.Adam(p, lr=1e-3), "Adam: drift and noise terms need torch.optim.SGD"),
+        (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9), "momentum: drift and noise terms need"),
+    ],
+)
+def test_other_optimisers_have_the_path_only(mlp_case, make, message):
+    model = mlp_case.model()
+    optimizer = make(model.parameters())
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for step in range(3):
+            mlp_case.step(model, optimizer, step)
+    table = monitor.history.to_pandas()
+    assert table["status"].str.contains(message).all()
+    assert table[FORCES].isna().to_numpy().all()
+    assert table["dz3"].to_numpy() == pytest.approx(table["dz"].to_numpy(), abs=1e-7)
+
+
+def test_batch_norm_is_remarked():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def backward():
+        model(torch.randn(5, 4)).square().mean().backward()
+
+    row = one_row(model, optimizer, backward, "0")
+    assert "BatchNorm" in row["status"]
+    assert row["kappa"] > 0
+    model.eval()
+    optimizer.zero_grad()
+    assert one_row(model, optimizer, backward, "0")["status"] == "ok"
+
+
+# --- schedule and records ------------------------------------------------------------------------------------
+
+
+def test_every_and_the_sink(mlp_case, tmp_path):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    path = tmp_path / "history.jsonl"
+    with LipschitzMonitor(model, optimizer, every=3, dataset_size=70, sinks=[JsonLinesSink(path)]) as monitor:
+        for step in range(8):
+            mlp_case.step(model, optimizer, step)
+            assert len(path.read_text().splitlines()) == 1 + len(monitor.history)  # flushed in every step
+    assert monitor.history.steps == [0, 3, 6]
+    assert {row["status"] for row in monitor.history} == {"ok"}
+    read = read_history(path)
+    assert read.meta == monitor.history.meta
+    assert read.to_pandas().equals(monitor.history.to_pandas())
+
+
+def test_log_k_is_that_of_the_weights(mlp_case):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+
+    def truth():
+        return sum(float(torch.linalg.matrix_norm(m.weight.detach(), 2).log()) for m in (model[0], model[2], model[4]))
+
+    with LipschitzMonitor(model, optimizer) as monitor:
+        assert monitor.log_k == pytest.approx(truth(), abs=1e-12)
+        mlp_case.step(model, optimizer)
+        assert monitor.log_k == pytest.approx(truth(), abs=1e-12)
+        assert repr(monitor) == "LipschitzMonitor(3 layers, 1 steps seen, attached)"

@@ -1,0 +1,184 @@
+"""Predicted curves on real histories, their bands, records and figures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lipdyn_torch import History, JsonLinesSink, LipschitzMonitor, pathwise, read_history, sde
+
+
+def monitored(case, steps=30, lr=None, **settings):
+    model = case.model()
+    optimizer = case.optimizer(model)
+    for group in optimizer.param_groups:
+        group["lr"] = lr or group["lr"]
+    with LipschitzMonitor(model, optimizer, **settings) as monitor:
+        for step in range(steps):
+            case.step(model, optimizer, step)
+    return monitor
+
+
+def test_predictions_are_running_sums(case):
+    monitor = monitored(case, steps=4, sampling="iid")
+    frame = monitor.history.to_pandas()
+    for layer in ["network", *monitor.layers]:
+        rows = [row for row in monitor.history if row["layer"] == layer]
+        observed = [rows[0]["z"], *(row["z"] + row["dz"] for row in rows)]
+        for order in (1, 2, 3):
+            prediction = pathwise(frame, order, layer)
+            z = rows[0]["z"]
+            for j, row in enumerate(rows, 1):
+                z += row[f"dz{order}"]
+                assert prediction.predicted[j] == pytest.approx(z, abs=1e-14)
+            assert prediction.observed == pytest.approx(observed, abs=1e-14)
+        if not case.plain:
+            continue
+        prediction, z, variance = sde(frame, layer), rows[0]["z"], 0.0
+        for j, row in enumerate(rows, 1):
+            parts = [r for r in monitor.history if r["step"] == j - 1 and r["layer"] != "network"]
+            ito = sum(r["lr"] * r["lambda_sq"] for r in (parts if layer == "network" else [row]))
+            z += row["lr"] * (row["mu"] + row["kappa"]) - ito / 2
+            variance += row["lr"] * row["lambda_sq"]
+            assert prediction.predicted[j] == pytest.approx(z, abs=1e-14)
+            assert prediction.half_width[j] == pytest.approx(variance**0.5, rel=1e-12)
+
+
+def test_error_of_the_path_falls_with_the_order(case):
+    """At a tenth of the step the error of order n in one step falls about 10^(n+1) times (theory 2.6)."""
+    errors = []
+    for lr in (2e-2, 2e-3):
+        rows = monitored(case, steps=1, lr=lr / (1 if case.reduction == "mean" else case.batch)).history.to_pandas()
+        layers = rows[rows["layer"] != "network"]
+        errors.append([float((layers[f"dz{n}"] - layers["dz"]).abs().max()) for n in (1, 2)])
+    slopes = np.log10(np.array(errors[0]) / np.array(errors[1]))
+    assert slopes[0] == pytest.approx(2.0, abs=0.3)
+    assert slopes[1] == pytest.approx(3.0, abs=0.5)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_certificate_is_never_violated(case, order):
+    lr = 1e-3 / (1 if case.reduction == "mean" else case.batch)
+    monitor = monitored(case, steps=20, lr=lr)
+    certified = 0
+    for layer in ["network", *monitor.layers]:
+        prediction = pathwise(monitor.history, order, layer)
+        assert (np.abs(prediction.error) <= prediction.half_width + 1e-13).all()
+        certified += np.isfinite(prediction.half_width).sum()
+    assert certified > 20
+
+
+def test_certificate_ends_where_eps_reaches_one(mlp_case):
+    monitor = monitored(mlp_case, steps=3, lr=5.0)
+    assert max(row["eps"] for row in monitor.history) > 1
+    assert pathwise(monitor.history).half_width[-1] == np.inf
+
+
+def test_shuffled_band_closes_at_the_end_of_an_epoch(mlp_case):
+    monitor = monitored(mlp_case, steps=10, dataset_size=35)
+    shuffled, independent = sde(monitor.history), sde(monitor.history, sampling="iid")
+    assert shuffled.half_width[5] < 0.5 * independent.half_width[5]
+    assert 0 < shuffled.half_width[3] < independent.half_width[3]
+    assert np.isnan(sde(monitored(mlp_case, steps=2).history).half_width).all()
+
+
+def test_unmonitored_steps_hold_the_last_terms(mlp_case):
+    monitor = monitored(mlp_case, steps=7, every=3, sampling="iid")
+    prediction = sde(monitor.history)
+    network = [row for row in monitor.history if row["layer"] == "network"]
+    v = [row["lr"] * row["lambda_sq"] for row in network]
+    assert prediction.step.tolist() == [0, 3, 6, 7]
+    assert prediction.half_width**2 == pytest.approx([0.0, 3 * v[0], 3 * (v[0] + v[1]), 3 * (v[0] + v[1]) + v[2]])
+    with pytest.raises(ValueError, match="expected every step, got steps 0 to 7 with gaps; monitor with every=1"):
+        pathwise(monitor.history)
+
+
+def test_wrong_questions(mlp_case):
+    history = monitored(mlp_case, steps=2).history
+    with pytest.raises(ValueError, match="expected order 1, 2 or 3, got 4"):
+        pathwise(history, 4)
+    with pytest.raises(
+        ValueError, match=r"expected a layer of the history, got 'conv'; there are '0', '2', '4', 'network'"
+    ):
+        sde(history, "conv")
+    with pytest.raises(ValueError, match="expected sampling 'iid' or 'shuffle', got 'sorted'"):
+        sde(history, sampling="sorted")
+    with pytest.raises(ValueError, match="got 'network'; there are no rows at all"):
+        sde(History())
+
+
+# --- records -------------------------------------------------------------------------------------------------
+
+
+def test_columns(mlp_case):
+    full = monitored(mlp_case, steps=1).history.to_pandas()
+    forces, path = ["mu", "kappa", "lambda_sq", "gHg"], ["dz1", "dz2", "dz3", "dz", "z", "status"]
+    assert list(full.columns) == ["step", "layer", "lr", "batch", "sigma", "gap", "eps", *forces, *path]
+    split = monitored(mlp_case, steps=1, noise="split").history.to_pandas()
+    parts = ["kappa_var", "kappa_cov", "lambda_sq_var", "lambda_sq_cov"]
+    assert set(split.columns) - set(full.columns) == set(parts)
+    assert full["layer"].tolist() == ["0", "2", "4", "network"]
+    assert full.attrs["sampling"] == "shuffle"
+
+
+def test_torn_last_line_is_left_out_and_a_torn_middle_is_refused(mlp_case, tmp_path):
+    path = tmp_path / "history.jsonl"
+    history = monitored(mlp_case, steps=3, sinks=[JsonLinesSink(path)]).history
+    for line in path.read_text().splitlines():
+        json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    whole = path.read_text()
+    path.write_text(whole[:-25])
+    assert read_history(path).to_pandas().equals(History(history.rows[:-1]).to_pandas())
+    path.write_text(whole.replace('"step": 1, "layer"', '"step": 1, "lay', 1))
+    with pytest.raises(ValueError, match=r"expected one JSON object per line in .* got .* in line 6; restore"):
+        read_history(path)
+    with pytest.raises(FileExistsError):
+        JsonLinesSink(path)
+
+
+def test_json_lines_read_by_pandas_directly(mlp_case, tmp_path):
+    import pandas as pd
+
+    path = tmp_path / "history.jsonl"
+    history = monitored(mlp_case, steps=2, sinks=[JsonLinesSink(path)]).history
+    frame = pd.read_json(path, lines=True).iloc[1:]
+    assert frame["z"].to_numpy(float) == pytest.approx(history.to_pandas()["z"].to_numpy())
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_figure_shows_the_curves(mlp_case, tmp_path, every):
+    monitor = monitored(mlp_case, steps=12, every=every, dataset_size=35)
+    figure = monitor.plot()
+    axes = figure.get_axes()
+    assert len(axes) == 5
+    assert all(a.get_xlabel() and a.get_title() for a in axes)
+    drawn = {line.get_label(): line for line in axes[0].get_lines()}
+    names = ["SDE", "pathwise, order 2", "pathwise, order 3"] if every == 1 else ["SDE"]
+    assert list(drawn) == ["observed", *names]
+    assert drawn["SDE"].get_ydata() == pytest.approx(sde(monitor.history).predicted)
+    assert {line.get_label() for line in axes[3].get_lines()} == set(monitor.layers)
+    figure.savefig(tmp_path / "figure.png")
+
+
+def test_figure_without_noise_terms(mlp_case, tmp_path):
+    """With momentum only the path is known; the figure is drawn all the same."""
+    model = mlp_case.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for step in range(5):
+            mlp_case.step(model, optimizer, step)
+    monitor.plot().savefig(tmp_path / "figure.png")
+
+
+def test_import_is_light():
+    code = "import sys, lipdyn_torch; print([m for m in ('pandas', 'matplotlib', 'sklearn') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
