@@ -95,6 +95,18 @@ def eps(A: Array, xp: Namespace) -> float:
     return float(xp.finfo(A.dtype).eps)
 
 
+def is_numpy(x: Any) -> bool:
+    """Whether x is a NumPy array."""
+    return isinstance(x, np.ndarray)
+
+
+def to_precision(x: Array, dtype: Any, xp: Namespace) -> Array:
+    """Return x with the given real dtype, or the complex one of the same precision."""
+    if is_complex(x, xp):
+        dtype = xp.complex64 if dtype == xp.float32 else xp.complex128
+    return xp.astype(x, dtype, copy=False)
+
+
 def is_complex(A: Array, xp: Namespace) -> bool:
     """Whether A has a complex dtype."""
     return bool(xp.isdtype(A.dtype, "complex floating"))

@@ -5,14 +5,18 @@ eigenvalue e_j on the complement of the eigenvectors (u_i, v_i), i in the exclud
 The vectors (u_i, -v_i) stay in: leaving them out is the mistake of the published formula.
 
 Legend: U (..., m, r), s (..., r), V (..., n, r) thin SVD; e (..., c) eigenvalues; excluded (r, c) boolean;
-al = U^* f, be = V^* g (..., r, c).
+al = U^* f, be = V^* g (..., r, c); K = A A^* (m <= n) the Gram matrix of the smaller side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from specpert._arrays import Array, Namespace, adjoint
+from specpert.result import ConvergenceError
 
 Resolvent = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -39,3 +43,118 @@ def from_thin_svd(U: Array, s: Array, V: Array, e: Array, excluded: Array, xp: N
         return x, y
 
     return resolvent
+
+
+class SmallSideResolvent:
+    """Reduced resolvent by elimination of the larger side: two products with A and one small solve for each call.
+
+    Eliminating y = (g + A^* x) / sigma from sigma x - A y = f, sigma y - A^* x = g leaves
+    (sigma^2 I - K) x = sigma f + A g, which `solve` answers on the complement of u. With `mirrored` it is the resolvent
+    of the adjoint: K is then A^* A.
+    """
+
+    def __init__(
+        self,
+        solve: Callable[[np.ndarray], np.ndarray],
+        products: tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]],
+        u: np.ndarray,
+        v: np.ndarray,
+        sigma: float,
+        mirrored: bool,
+    ) -> None:
+        self.solve, self.u, self.v, self.sigma, self.mirrored = solve, u, v, sigma, mirrored
+        self.apply, self.apply_adjoint = products
+
+    def __call__(self, f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self.mirrored:
+            y, x = self._solve(g, f)
+            return x, y
+        return self._solve(f, g)
+
+    def _solve(self, f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        u, v, sigma = self.u, self.v, self.sigma
+        c = (u.conj().T @ f + v.conj().T @ g) / 2
+        f, g = f - u @ c, g - v @ c
+        x = self.solve(sigma * f + self.apply(g))
+        # the part along u is free in the equation, and fixed by (x, y) being orthogonal to (u, v)
+        x = x - u @ (u.conj().T @ x + v.conj().T @ g / (2 * sigma))
+        return x, (g + self.apply_adjoint(x)) / sigma
+
+    @property
+    def residuals(self) -> list[float]:
+        """Residual of each solve so far, as one of the Jordan-Wielandt equation; empty for a factorisation."""
+        return [r / self.sigma for r in getattr(self.solve, "residuals", [])]
+
+
+def gram_solver(K: np.ndarray, u: np.ndarray, sigma: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Solve (sigma^2 I - K) x = b on the complement of the top vector u, by one Cholesky factorisation.
+
+    Raises numpy.linalg.LinAlgError unless u is the top vector: the matrix is then not positive definite.
+    """
+    from scipy.linalg import cho_factor, cho_solve
+
+    M = (sigma * sigma) * (u @ u.conj().T) - K
+    M[np.diag_indices_from(M)] += sigma * sigma
+    factor = cho_factor(M, lower=True, overwrite_a=True, check_finite=False)
+    return lambda b: cho_solve(factor, b, check_finite=False)
+
+
+class IterativeSolver:
+    """Solve (sigma^2 I - K) x = b on the complement of u by conjugate gradients, deflated with the known vectors.
+
+    The known eigenvectors X of K (values w, all those above sigma^2 among them) are solved directly; on their
+    complement the matrix is positive definite for every k. Residuals of the solves are kept for the certificate.
+    """
+
+    def __init__(
+        self, gram: Callable[[np.ndarray], np.ndarray], X: np.ndarray, w: np.ndarray, index: int, sigma: float
+    ) -> None:
+        self.gram, self.X, self.w, self.sigma = gram, X, w, sigma
+        self.index = index
+        self.residuals: list[float] = []
+
+    def __call__(self, b: np.ndarray) -> np.ndarray:
+        from scipy.sparse.linalg import LinearOperator, cg
+
+        X, square = self.X, self.sigma * self.sigma
+        known = X.conj().T @ b
+        weights = square - self.w
+        weights[self.index] = np.inf
+        rest = b[:, 0] - X @ known[:, 0]
+        size = float(np.linalg.norm(b))
+
+        def matvec(x: np.ndarray) -> np.ndarray:
+            x = x.reshape(-1, 1)
+            x = x - X @ (X.conj().T @ x)
+            y = square * x - self.gram(x)
+            return (y - X @ (X.conj().T @ y)).reshape(-1)
+
+        operator = LinearOperator((len(b), len(b)), matvec=matvec, dtype=b.dtype)
+        x, _ = cg(operator, rest, rtol=0.0, atol=1e-15 * size, maxiter=min(len(b), 2000)) if size else (rest, 0)
+        residual = float(np.linalg.norm(matvec(x) - rest))
+        if residual > 1e-6 * size:
+            raise ConvergenceError(
+                f"expected the conjugate gradients to reach a residual of 1e-6, got {residual / size:.1e}: sigma_k is "
+                "too close to its neighbours; ask for the cluster, or use a dense array with method='svd'"
+            )
+        self.residuals.append(residual)
+        x = x.reshape(-1, 1)
+        return x - X @ (X.conj().T @ x) + X @ (known / weights[:, None])
+
+
+def top_of_gram(
+    gram: Callable[[np.ndarray], np.ndarray], size: int, count: int, start: np.ndarray, dtype: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` largest eigenvalues of K, descending, and their vectors, by Lanczos (ARPACK)."""
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
+    operator = LinearOperator((size, size), matvec=lambda x: gram(x.reshape(-1, 1)).reshape(-1), dtype=dtype)
+    try:
+        w, X = eigsh(operator, k=count, which="LA", v0=start, tol=0, ncv=min(size, max(2 * count + 1, 24)))
+    except ArpackNoConvergence as error:
+        raise ConvergenceError(
+            f"expected Lanczos to find the {count} largest singular values, got {len(error.eigenvalues)} of them: they "
+            "lie too close together; use a dense array with method='svd', or a better start vector v0"
+        ) from error
+    order = np.argsort(w)[::-1]
+    return w[order], X[:, order]

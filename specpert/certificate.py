@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from specpert._arrays import Array, Namespace, array, eps, ldexp, scalar
+from specpert._operators import Operator
 from specpert.triplet import SingularTriplet
 
 _EXACT_NORM_LIMIT = 512  # up to this smaller side the norm of a direction is computed, beyond it bounded
@@ -30,6 +31,10 @@ def spectral_norm_bound(H: Array, xp: Namespace) -> Array:
     return xp.minimum(frobenius, xp.sqrt(columns * rows)) * (1 + (m + n) * eps(H, xp))
 
 
+def _bound(A_j: Any, like: Array, xp: Namespace) -> Array:
+    return array(A_j.norm_bound(), like, xp) if isinstance(A_j, Operator) else spectral_norm_bound(A_j, xp)
+
+
 @dataclass(frozen=True, eq=False)
 class Certificate:
     """Where a series converges and how far its partial sums can be off.
@@ -39,18 +44,24 @@ class Certificate:
 
     triplet: SingularTriplet
     t: Array
-    family: tuple[Array, ...] = field(repr=False)
-
-    @property
-    def _margin(self) -> Array:
-        """Backward error of the decomposition."""
-        triplet = self.triplet
-        return 10 * max(triplet.shape[-2:]) * eps(triplet._s, triplet._xp) * triplet._s[..., 0]
+    family: tuple[Any, ...] = field(repr=False)
+    residuals: tuple[float, ...] = ()  # of the equations for the vectors of order 1, 2, ..., where solved iteratively
 
     @property
     def _safe_d(self) -> Array:
         xp = self.triplet._xp
-        return xp.clip(self.triplet._pick_gap() - self._fit(self._margin), 0.0, None)
+        return xp.clip(self.triplet._pick_gap() - self._fit(self.triplet._margin), 0.0, None)
+
+    @property
+    def _unit(self) -> float:
+        """Rounding of the results, whose dtype may be less accurate than the arrays here."""
+        return float(self.triplet._xp.finfo(self.triplet._dtype).eps)
+
+    @property
+    def _size(self) -> Array:
+        """Size of the value(s)."""
+        values = self.triplet._values
+        return values if self.triplet._several else values[..., 0]
 
     def _fit(self, x: Array) -> Array:
         """A quantity of each matrix (...) beside those of each value (..., K)."""
@@ -64,7 +75,7 @@ class Certificate:
         while sum_j a_j |x|^j < d/2. The root is at least the 1 / (2 a / d + c) of theory 1.9.
         """
         xp, half = self.triplet._xp, self._safe_d / 2
-        bounds = [self._fit(spectral_norm_bound(A_j, xp)) for A_j in self.family]
+        bounds = [self._fit(_bound(A_j, half, xp)) for A_j in self.family]
         r = xp.full_like(half + bounds[0], math.inf)
         for j, a_j in enumerate(bounds, start=1):
             one = xp.where(a_j > 0, a_j, xp.ones_like(a_j))
@@ -96,9 +107,15 @@ class Certificate:
         inside = certified & (rho < 1)
         rho = xp.where(inside, rho, zero)
         truncation = (d / 2 + self._fit(self.triplet._spread)) * rho ** (order + 1) / (1 - rho)
-        # Cauchy's bound of what a backward error does to the n-th coefficient: e (n + 1) margin r0^-n
-        rounding = zero
+        # Cauchy's bound of what a backward error of A does to the n-th coefficient: e (n + 1) margin r0^-n; the
+        # residual of the vector of order j is one of A_j
+        amplified = zero
         for n in range(order, -1, -1):
-            rounding = rounding * rho + math.e * (n + 1)
-        bound = ldexp(truncation + rounding * self._fit(self._margin), self._fit(self.triplet._e) + zero, xp)
+            amplified = amplified * rho + math.e * (n + 1)
+        backward = self._fit(self.triplet._margin)
+        scaled_x = rho * xp.where(xp.isfinite(self._radius), self._radius, zero)
+        for j, residual in enumerate(self.residuals, start=1):
+            backward = backward + residual * scaled_x**j
+        rounding = 4 * (order + 1) * self._unit * (self._size + d)
+        bound = ldexp(truncation + amplified * backward + rounding, self._fit(self.triplet._e) + zero, xp)
         return scalar(xp.where(inside, bound, zero + math.inf))

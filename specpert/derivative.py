@@ -17,7 +17,7 @@ from specpert._arrays import Array, adjoint, array, dtype_name, eye, finite, is_
 from specpert._subsets import dense_tensor, mixed_cluster_mean, mixed_derivative
 from specpert.hessian import SigmaHessian, dense_hessian
 from specpert.result import DegenerateSingularValueError, DenseSizeError
-from specpert.series import ClusterSeries, _products, _scale, expand
+from specpert.series import ClusterSeries, expand, products, scale
 from specpert.triplet import SingularTriplet, prepare
 
 MAX_DENSE_BYTES = 2**31
@@ -131,17 +131,18 @@ def _as_directions(directions: Any, order: int) -> list[Any]:
 def _mixed(triplet: SingularTriplet, directions: list[Array]) -> Array:
     """D^n sigma[H_1, ..., H_n], for a cluster of its mean."""
     xp, N = triplet._xp, len(directions)
-    power, products = triplet._e, []
+    power, coefficients = triplet._e, []
     for H in directions:
-        t, (scaled,) = _scale([H], triplet._e, xp)
+        t, (scaled,) = scale([H], triplet._e, xp)
         power = power + t
-        products.append(_products(scaled, xp))
-    P0, Q0 = triplet._columns(triplet._U), triplet._columns(triplet._V)
+        coefficients.append(products(scaled, xp))
+    P0, Q0 = triplet._P0, triplet._Q0
     if triplet._cluster:
-        lam = mixed_cluster_mean(products, triplet._resolvent(), P0, Q0, xp)
+        lam = mixed_cluster_mean(coefficients, triplet._resolvent(), P0, Q0, xp)
     else:
-        lam = triplet._pick(mixed_derivative(products, triplet._resolvent(), P0, Q0, xp))
+        lam = triplet._pick(mixed_derivative(coefficients, triplet._resolvent(), P0, Q0, xp))
         power = power[..., None] if triplet._several else power
+    lam = triplet._result(lam)
     return finite(scalar(ldexp(lam, power + xp.zeros_like(lam), xp)), f"derivative of order {N}", xp)
 
 
@@ -156,13 +157,14 @@ def _dense(triplet: SingularTriplet, order: int, layout: str) -> Array:
         dense = _dense_cluster_mean(triplet, order)
     elif order == 1:
         dense = triplet.u[..., :, None] * adjoint(triplet.v[..., None], xp)
-    elif order == 2:
+    elif order == 2 and triplet._svd is not None:
         dense = dense_hessian(SigmaHessian(triplet))
     elif lead:
         flat = [_dense(triplet._matrix(i), order, "tensor") for i in np.ndindex(*lead)]
         dense = xp.reshape(xp.stack(flat), (*lead, *flat[0].shape))
     else:
-        dense = dense_tensor(order, triplet._resolvent(), triplet.u, triplet.v, xp)
+        dense = dense_tensor(order, triplet._resolvent(), triplet._P0[..., 0], triplet._Q0[..., 0], xp)
+        dense = triplet._result(dense)
         dense = ldexp(dense, (1 - order) * triplet._e, xp)
         dense = xp.reshape(dense, _entry_shape(triplet, order) * order)
     dense = finite(dense, f"derivative of order {order}", xp)
@@ -172,7 +174,7 @@ def _dense(triplet: SingularTriplet, order: int, layout: str) -> Array:
 def _entry_shape(triplet: SingularTriplet, order: int) -> tuple[int, ...]:
     """Axes of one slot of the dense derivative: (m, n), or (m, n, 2) for the real form of a complex matrix."""
     m, n = triplet.shape[-2:]
-    return (m, n, 2) if order > 1 and is_complex(triplet._U, triplet._xp) else (m, n)
+    return (m, n, 2) if order > 1 and is_complex(triplet._P0, triplet._xp) else (m, n)
 
 
 def _vec(dense: Array, lead: int, entry: tuple[int, ...], order: int, xp: Any) -> Array:
@@ -186,7 +188,7 @@ def _vec(dense: Array, lead: int, entry: tuple[int, ...], order: int, xp: Any) -
 
 def _guard_size(triplet: SingularTriplet, order: int) -> None:
     entries = math.prod(triplet.shape[:-2]) * len(triplet._indices) * math.prod(_entry_shape(triplet, order)) ** order
-    itemsize = 4 if dtype_name(triplet._s) == "float32" else 8
+    itemsize = 4 if dtype_name(triplet._values) == "float32" else 8
     if entries * itemsize > MAX_DENSE_BYTES:
         raise DenseSizeError(
             f"expected a dense derivative of at most {MAX_DENSE_BYTES:,} bytes, got order {order} of shape "
@@ -214,7 +216,7 @@ def _basis(triplet: SingularTriplet, entry: tuple[int, ...]) -> Array:
     """E_pq in row-major order, for the real form of a complex matrix each followed by i E_pq."""
     xp = triplet._xp
     m, n = entry[:2]
-    units = xp.reshape(eye(m * n, triplet._U, xp), (m * n, m, n))
+    units = xp.reshape(eye(m * n, triplet._P0, xp), (m * n, m, n))
     return units if len(entry) == 2 else xp.reshape(xp.stack([units, 1j * units], axis=1), (2 * m * n, m, n))
 
 

@@ -54,15 +54,17 @@ class SigmaHessian:
     """
 
     def __init__(self, A: Any, k: int = 0) -> None:
-        triplet, _ = prepare(A, k, [], [], cluster=False)
+        triplet, _ = prepare(A, k, [], [], cluster=False, method="svd")
         if not isinstance(triplet.k, int):
             raise TypeError(
                 f"expected one singular value, k an int, got k = {triplet.k}; take one SigmaHessian for each"
             )
         self.triplet = triplet
         self._xp = xp = triplet._xp
-        self._U, self._V = triplet._U, triplet._V
-        sigma, s = triplet._values, triplet._s
+        if triplet._svd is None:
+            raise TypeError("expected a triplet with all singular vectors, got one made without; use method='svd'")
+        self._U, s, self._V = triplet._svd
+        self._s, sigma = s, triplet._values
         at_k = array([i == triplet.k for i in range(s.shape[-1])], s, xp, dtype=xp.bool)
         difference = xp.where(at_k, xp.ones_like(s), sigma - s)
         # direct +- cross: the form is sum_i minus_i |a_i + b_i|^2 + plus_i |a_i - b_i|^2, accurate near a close pair
@@ -125,7 +127,7 @@ class SigmaHessian:
         1 / (sigma - s_i) and 1 / (sigma + s_i) for each i != k, and 1 / sigma |m - n| times; for complex A each twice,
         and 1 / sigma once more.
         """
-        xp, k, s = self._xp, self.triplet.k, self.triplet._s
+        xp, k, s = self._xp, self.triplet.k, self._s
         others = [i for i in range(s.shape[-1]) if i != k]
         values = [2 * w[..., i] for w in (self._minus, self._plus) for i in others]
         m, n = self.triplet.shape[-2:]

@@ -37,6 +37,10 @@ class NonFiniteError(SpecpertError):
     """The input holds NaN or infinite entries."""
 
 
+class ConvergenceError(SpecpertError):
+    """An iteration did not reach its tolerance; the message gives the residual and the remedy."""
+
+
 class DenseSizeError(SpecpertError, MemoryError):
     """A dense derivative would need more memory than the limit allows."""
 

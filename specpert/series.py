@@ -25,7 +25,9 @@ from specpert._arrays import (
     namespace,
     real,
     scalar,
+    to_precision,
 )
+from specpert._operators import Operator
 from specpert._recursion import Coefficient, Vectors, extend, value_coefficients
 from specpert.certificate import Certificate
 from specpert.result import Status
@@ -168,10 +170,12 @@ def sigma_series(
 
     Parameters
     ----------
-    A : array, shape (..., m, n), or SingularTriplet
+    A : array, shape (..., m, n), scipy.sparse array, LinearOperator, or SingularTriplet
         The matrix, or what :func:`singular_triplet` prepared from it (its k is then used).
     coefficients : array, shape (..., m, n), or sequence of such arrays
-        One array is the direction H of the linear family A + x H; a sequence is A_1, A_2, ...
+        One array is the direction H of the linear family A + x H; a sequence is A_1, A_2, ... Beside a sparse array or
+        operator they may be dense, sparse or operators; the radius for a LinearOperator rests on an estimate of its
+        norm by Lanczos.
     order : int
         N, order of the last coefficient; 0 gives the singular value alone.
     k : int, list of int, or tuple of int
@@ -229,16 +233,17 @@ def expand(
 ) -> SigmaSeries | ClusterSeries:
     """Series of what the triplet holds, for a family of the right library, dtype and shape."""
     xp, cluster = triplet._xp, triplet._cluster
-    t, scaled = _scale(family, triplet._e, xp)
-    state = Vectors([_products(A_j, xp) for A_j in scaled], triplet._columns(triplet._U), triplet._columns(triplet._V))
-    E0 = xp.astype(triplet._values[..., None, :] * eye(len(triplet._indices), triplet._s, xp), triplet._U.dtype)
-    E = extend(state, triplet._resolvent(), E0, triplet._coupled, order if vectors or cluster else order // 2, xp)
+    t, scaled = scale(family, triplet._e, xp)
+    state = Vectors([products(A_j, xp) for A_j in scaled], triplet._P0, triplet._Q0)
+    resolvent = triplet._resolvent()
+    E0 = xp.astype(triplet._values[..., None, :] * eye(len(triplet._indices), triplet._values, xp), triplet._P0.dtype)
+    E = extend(state, resolvent, E0, triplet._coupled, order if vectors or cluster else order // 2, xp)
     left, right = (_vector_coefficients(triplet, w, t) if vectors else None for w in (state.P, state.Q))
-    certificate = Certificate(triplet, t, tuple(scaled))
+    certificate = Certificate(triplet, t, tuple(scaled), tuple(getattr(resolvent, "residuals", ())))
     if cluster:
-        matrices = _stack(E, triplet._e, t, xp)
+        matrices = _stack(E, triplet._e, t, triplet)
         return ClusterSeries(xp.moveaxis(matrices, -1, -3), triplet.gap, triplet.status, left, right, certificate)
-    lam = _stack(value_coefficients(state, E, order, xp), triplet._e, t, xp)
+    lam = _stack(value_coefficients(state, E, order, xp), triplet._e, t, triplet)
     lam = lam[..., 0, :] if isinstance(triplet.k, int) else lam
     return SigmaSeries(lam, triplet.gap, triplet.status, left, right, certificate)
 
@@ -254,25 +259,39 @@ def _as_family(coefficients: Any) -> list[Any]:
     return [coefficients]
 
 
-def _scale(family: list[Array], e: Array, xp: Namespace) -> tuple[Array, list[Array]]:
+def scale(family: list[Any], e: Array, xp: Namespace) -> tuple[Array, list[Any]]:
     """Exponent t (...) and A_j / 2^(e + j t), the largest of which is about one."""
     t = None
     for j, A_j in enumerate(family, start=1):
-        size = xp.where(xp.any(A_j != 0, axis=(-2, -1)), exponent(A_j, xp) - e, array(-math.inf, e, xp))
-        size = xp.ceil(size / j)
+        size = xp.ceil((_size(A_j, e, xp) - e) / j)
         t = size if t is None else xp.maximum(t, size)
     t = xp.where(xp.isfinite(t), t, xp.zeros_like(t))
-    return t, [ldexp(A_j, -(e + j * t)[..., None, None], xp) for j, A_j in enumerate(family, start=1)]
+    return t, [_scaled(A_j, e + j * t, xp) for j, A_j in enumerate(family, start=1)]
 
 
-def _products(A_j: Array, xp: Namespace) -> Coefficient:
+def _size(A_j: Any, e: Array, xp: Namespace) -> Array:
+    """Exponent of the size of A_j, minus infinity for a zero matrix."""
+    if isinstance(A_j, Operator):
+        return array(A_j.exponent() if A_j.size else -math.inf, e, xp)
+    return xp.where(xp.any(A_j != 0, axis=(-2, -1)), exponent(A_j, xp), array(-math.inf, e, xp))
+
+
+def _scaled(A_j: Any, e: Array, xp: Namespace) -> Any:
+    return A_j.scaled(float(e)) if isinstance(A_j, Operator) else ldexp(A_j, -e[..., None, None], xp)
+
+
+def products(A_j: Any, xp: Namespace) -> Coefficient:
+    """Products with A_j and with its adjoint."""
+    if isinstance(A_j, Operator):
+        return A_j.apply, A_j.apply_adjoint
     adjoint_j = adjoint(A_j, xp)
     return lambda Q: A_j @ Q, lambda P: adjoint_j @ P
 
 
-def _stack(terms: list[Array], e: Array, t: Array, xp: Namespace) -> Array:
-    """Terms of order 0, 1, ... on a new last axis, term n times 2^(e + n t)."""
-    stacked = xp.stack(xp.broadcast_arrays(*terms), axis=-1)
+def _stack(terms: list[Array], e: Array, t: Array, triplet: SingularTriplet) -> Array:
+    """Terms of order 0, 1, ... on a new last axis, term n times 2^(e + n t), in the precision of results."""
+    xp = triplet._xp
+    stacked = to_precision(xp.stack(xp.broadcast_arrays(*terms), axis=-1), triplet._dtype, xp)
     orders = array([float(n) for n in range(len(terms))], t, xp)
     power = e[..., None] + orders * t[..., None]
     power = xp.reshape(power, (*power.shape[:-1], *(1,) * (terms[0].ndim - e.ndim), len(terms)))
@@ -281,5 +300,5 @@ def _stack(terms: list[Array], e: Array, t: Array, xp: Namespace) -> Array:
 
 def _vector_coefficients(triplet: SingularTriplet, terms: list[Array], t: Array) -> Array:
     """Vectors (..., m, N + 1), or (..., m, c, N + 1) for several values."""
-    stacked = _stack(terms, triplet._xp.zeros_like(triplet._e), t, triplet._xp)
+    stacked = _stack(terms, triplet._xp.zeros_like(triplet._e), t, triplet)
     return stacked[..., 0, :] if isinstance(triplet.k, int) else stacked

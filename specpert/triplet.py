@@ -1,14 +1,16 @@
 """Prepare once: the singular triplet with its isolation distance and reduced resolvent.
 
-Legend: A (..., m, n), r = min(m, n); s (..., r) singular values; d isolation distance in the spectrum of
-T0 = [[0, A], [A^*, 0]] (theory 1.9); c number of values asked for.
+Legend: A (..., m, n), r = min(m, n); s (..., r) singular values; c number of values asked for; d isolation distance in
+the spectrum of T0 = [[0, A], [A^*, 0]] (theory 1.9). All private arrays are those of A / 2^e.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,24 @@ from specpert._arrays import (
     eps,
     exponent,
     eye,
+    is_numpy,
     ldexp,
     scalar,
+    to_precision,
 )
-from specpert._resolvent import Resolvent, from_thin_svd
-from specpert.result import DegenerateSingularValueError, Status, ZeroSingularValueError
+from specpert._operators import Operator, as_operator, is_operator
+from specpert._resolvent import (
+    IterativeSolver,
+    Resolvent,
+    SmallSideResolvent,
+    from_thin_svd,
+    gram_solver,
+    top_of_gram,
+)
+from specpert.result import ConvergenceError, DegenerateSingularValueError, Status, ZeroSingularValueError
+
+_GRAM_FROM = 64  # smaller side from which the Gram matrix beats the SVD for the top value
+METHODS = ("auto", "svd", "gram", "lanczos")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -43,10 +58,10 @@ class SingularTriplet:
     gap : array, shape of sigma
         Isolation distance d in the spectrum of the Jordan-Wielandt matrix: the least of the distances to the other
         singular values, 2 sigma, and sigma where zero is in that spectrum (theory 1.9).
-    singular_values : array, shape (..., min(m, n))
-        All singular values, in descending order.
     k : int or tuple of int
         What was asked for.
+    shape : tuple of int
+        Shape of A.
     status : Status
         Whether digits are lost to a close neighbour.
     """
@@ -54,39 +69,37 @@ class SingularTriplet:
     k: int | tuple[int, ...]
     shape: tuple[int, ...]
     status: Status
-    # for A / 2^e: thin SVD (shapes (..., m, r), (..., r), (..., n, r)) and isolation distances (..., c)
-    _e: Array
-    _U: Array
-    _s: Array
-    _V: Array
-    _gap: Array
-    _cluster: bool
     _xp: Namespace
+    _e: Array  # (...)
+    _values: Array  # (..., c)
+    _P0: Array  # (..., m, c)
+    _Q0: Array  # (..., n, c)
+    _gap: Array  # (..., c), of a cluster (..., 1)
+    _margin: Array  # (...) backward error
+    _resolvent: Callable[[], Resolvent]
+    _dtype: Any  # real dtype of results; the arrays here may be more accurate
+    _svd: tuple[Array, Array, Array] | None = None  # thin SVD U (..., m, r), s (..., r), V (..., n, r)
+    _cluster: bool = False
 
     @property
     def sigma(self) -> Array:
         """Singular value(s), shape (...) or (..., K)."""
-        return scalar(ldexp(self._pick(self._values), self._fit(self._e), self._xp))
+        return scalar(ldexp(self._result(self._pick(self._values)), self._fit(self._e), self._xp))
 
     @property
     def gap(self) -> Array:
         """Isolation distance(s) d, shape of sigma."""
-        return scalar(ldexp(self._pick_gap(), self._fit(self._e) if self._several else self._e, self._xp))
+        return scalar(ldexp(self._result(self._pick_gap()), self._fit(self._e) if self._several else self._e, self._xp))
 
     @property
     def u(self) -> Array:
         """Left singular vector(s), shape (..., m) or (..., m, K)."""
-        return self._pick(self._columns(self._U))
+        return self._result(self._pick(self._P0))
 
     @property
     def v(self) -> Array:
         """Right singular vector(s), shape (..., n) or (..., n, K)."""
-        return self._pick(self._columns(self._V))
-
-    @property
-    def singular_values(self) -> Array:
-        """All singular values in descending order, shape (..., min(m, n))."""
-        return ldexp(self._s, self._e[..., None], self._xp)
+        return self._result(self._pick(self._Q0))
 
     @property
     def _indices(self) -> tuple[int, ...]:
@@ -97,9 +110,9 @@ class SingularTriplet:
         """Whether there are results for several separate values, on an axis of their own."""
         return isinstance(self.k, tuple) and not self._cluster
 
-    def _columns(self, x: Array) -> Array:
-        """The entries of the last axis that were asked for."""
-        return self._xp.stack([x[..., i] for i in self._indices], axis=-1)
+    def _result(self, x: Array) -> Array:
+        """Return x in the precision of results."""
+        return to_precision(x, self._dtype, self._xp)
 
     def _pick(self, x: Array) -> Array:
         """The last axis as the caller sees it: gone for a single k."""
@@ -112,37 +125,27 @@ class SingularTriplet:
         """A quantity of each matrix (...) beside those of each value."""
         return x if isinstance(self.k, int) else x[..., None]
 
-    def _at(self, j: int) -> SingularTriplet:
-        """The j-th of several values, with the same decomposition."""
-        return replace(self, k=self._indices[j], _gap=self._gap[..., j : j + 1])
-
-    def _matrix(self, i: tuple[int, ...]) -> SingularTriplet:
-        """The i-th matrix of the stack."""
-        arrays = {name: getattr(self, name)[i] for name in ("_e", "_U", "_s", "_V", "_gap")}
-        return replace(self, shape=self.shape[-2:], **arrays)
-
-    @property
-    def _values(self) -> Array:
-        return self._columns(self._s)
-
     @property
     def _spread(self) -> Array:
         """Largest distance inside the cluster; zero for one value."""
         if not self._cluster:
-            return self._xp.zeros_like(self._s[..., 0])
-        return self._s[..., min(self._indices)] - self._s[..., max(self._indices)]
+            return self._xp.zeros_like(self._values[..., 0])
+        return self._values[..., 0] - self._values[..., -1]
 
     @property
     def _coupled(self) -> Array:
         """(c, c): ones for a cluster, the identity for separate values."""
-        c = len(self._indices)
-        return eye(c, self._s, self._xp) if not self._cluster else self._xp.ones_like(eye(c, self._s, self._xp))
+        identity = eye(len(self._indices), self._values, self._xp)
+        return self._xp.ones_like(identity) if self._cluster else identity
 
-    def _resolvent(self) -> Resolvent:
-        indices = self._indices
-        excluded = [[i in indices if self._cluster else i == k for k in indices] for i in range(self._s.shape[-1])]
-        excluded = array(excluded, self._s, self._xp, dtype=self._xp.bool)
-        return from_thin_svd(self._U, self._s, self._V, self._values, excluded, self._xp)
+    def _at(self, j: int) -> SingularTriplet:
+        """The j-th of several values, with the same decomposition."""
+        return _assemble(self, self._svd, self._indices[j], self._gap[..., j : j + 1])
+
+    def _matrix(self, i: tuple[int, ...]) -> SingularTriplet:
+        """The i-th matrix of the stack."""
+        one = replace(self, shape=self.shape[-2:], _e=self._e[i], _margin=self._margin[i])
+        return _assemble(one, tuple(x[i] for x in self._svd), self.k, self._gap[i])
 
     def __repr__(self) -> str:
         return (
@@ -150,15 +153,28 @@ class SingularTriplet:
         )
 
 
-def singular_triplet(A: Any, k: int | Sequence[int] = 0, *, gap_tol: float | None = None) -> SingularTriplet:
+def singular_triplet(
+    A: Any,
+    k: int | Sequence[int] = 0,
+    *,
+    v0: Any = None,
+    method: str = "auto",
+    gap_tol: float | None = None,
+) -> SingularTriplet:
     """Singular value k of A with its vectors, isolation distance and reduced resolvent.
 
     Parameters
     ----------
-    A : array, shape (..., m, n)
+    A : array, shape (..., m, n), scipy.sparse array, or LinearOperator
         Real or complex matrix or stack of matrices, of NumPy or any library of the array API.
     k : int or sequence of int
         Index of the value, 0 being the largest; a sequence asks for several, which share one decomposition.
+    v0 : array, shape (n,), optional
+        Start for the right singular vector (Lanczos only), for example that of a matrix nearby.
+    method : {"auto", "svd", "gram", "lanczos"}
+        A thin SVD; for the largest value of one NumPy matrix the Gram matrix of the smaller side with a Cholesky
+        factorisation, many times faster and as accurate for k = 0; or Lanczos with conjugate gradients, for sparse
+        arrays and operators. "auto" takes the fastest that is as accurate as the SVD.
     gap_tol : float, optional
         Distance to the next singular value, relative to the largest one, below which the value counts as tied.
         Default 10 max(m, n) eps, the error of the decomposition itself.
@@ -175,6 +191,8 @@ def singular_triplet(A: Any, k: int | Sequence[int] = 0, *, gap_tol: float | Non
         The value is tied with another.
     ZeroSingularValueError
         The value is zero.
+    ConvergenceError
+        Lanczos did not converge.
     NonFiniteError, ValueError, TypeError
         A is not a finite floating or integer matrix.
 
@@ -185,7 +203,9 @@ def singular_triplet(A: Any, k: int | Sequence[int] = 0, *, gap_tol: float | Non
     >>> float(triplet.sigma), float(triplet.gap)
     (1.0, 2.0)
     """
-    triplet, _ = prepare(A, k, [], [], cluster=False, gap_tol=gap_tol)
+    if method not in METHODS:
+        raise ValueError(f"expected method to be one of {METHODS}, got {method!r}")
+    triplet, _ = prepare(A, k, [], [], cluster=False, gap_tol=gap_tol, method=method, v0=v0)
     return triplet
 
 
@@ -197,17 +217,26 @@ def prepare(
     *,
     cluster: bool,
     gap_tol: float | None = None,
-) -> tuple[SingularTriplet, list[Array]]:
+    method: str = "auto",
+    v0: Any = None,
+) -> tuple[SingularTriplet, list[Any]]:
     """The triplet of A (or the one given in its place) and directions of its library, device, dtype and shape."""
-    if isinstance(A, SingularTriplet):
-        xp, (U, *arrays) = as_arrays(A._U, *directions, names=["the triplet", *names])
-        triplet = replace(A, _U=U, _V=xp.astype(A._V, U.dtype, copy=False))
-    else:
+    prepared = isinstance(A, SingularTriplet)
+    if is_operator(A) or any(is_operator(H) for H in directions) or (not prepared and method == "lanczos"):
+        return _prepare_operators(A, k, directions, names, cluster, gap_tol, v0)
+    if not prepared:
         xp, (A, *arrays) = as_arrays(A, *directions, names=["A", *names])
-        triplet = _triplet(A, k, gap_tol, cluster, xp)
+        triplet = _by_dense(A, k, gap_tol, cluster, method, xp)
+    else:
+        triplet, xp, arrays = A, A._xp, []
+        if directions:
+            xp, arrays = as_arrays(*directions, names=names)
+            results = xp.result_type(A._dtype, xp.finfo(arrays[0].dtype).dtype)
+            _, (P0, *arrays) = as_arrays(A._P0, *arrays, names=["the triplet", *names])
+            triplet = replace(A if P0.dtype == A._P0.dtype else _cast(A, P0.dtype), _dtype=results)
     for H, name in zip(arrays, names, strict=True):
         check_direction(H, name, triplet.shape, xp)
-    return triplet, arrays
+    return triplet, [xp.astype(H, triplet._P0.dtype, copy=False) for H in arrays]
 
 
 def check_direction(H: Array, name: str, shape: tuple[int, ...], xp: Namespace) -> None:
@@ -221,17 +250,6 @@ def check_direction(H: Array, name: str, shape: tuple[int, ...], xp: Namespace) 
         raise ValueError(
             f"expected the leading axes of {name} to broadcast with those of A {tuple(shape)}, got {tuple(H.shape)}"
         ) from None
-
-
-def _triplet(A: Array, k: int | Sequence[int], gap_tol: float | None, cluster: bool, xp: Namespace) -> SingularTriplet:
-    check_matrix(A, "A", xp)
-    m, n = A.shape[-2:]
-    index = check_indices(k, min(m, n), cluster=cluster)
-    e = exponent(A, xp)
-    U, s, Vh = xp.linalg.svd(ldexp(A, -e[..., None, None], xp), full_matrices=False)
-    tol = 10 * max(m, n) * eps(A, xp) if gap_tol is None else gap_tol
-    gap, status = _isolation(s, index if isinstance(index, tuple) else (index,), m != n, cluster, tol, xp)
-    return SingularTriplet(index, tuple(A.shape), status, e, U, s, adjoint(Vh, xp), gap, cluster, xp)
 
 
 def check_indices(k: Any, r: int, *, cluster: bool = False) -> int | tuple[int, ...]:
@@ -258,33 +276,133 @@ def check_indices(k: Any, r: int, *, cluster: bool = False) -> int | tuple[int, 
     return checked[0] if single else tuple(sorted(checked) if cluster else checked)
 
 
-def _isolation(
-    s: Array, indices: tuple[int, ...], rectangular: bool, cluster: bool, tol: float, xp: Namespace
+def _tuple(k: int | tuple[int, ...]) -> tuple[int, ...]:
+    return k if isinstance(k, tuple) else (k,)
+
+
+# --- dense arrays ------------------------------------------------------------------------------------------------
+
+
+def _by_dense(
+    A: Array, k: int | Sequence[int], gap_tol: float | None, cluster: bool, method: str, xp: Namespace
+) -> SingularTriplet:
+    check_matrix(A, "A", xp)
+    m, n = A.shape[-2:]
+    index = check_indices(k, min(m, n), cluster=cluster)
+    tol = 10 * max(m, n) * eps(A, xp) if gap_tol is None else gap_tol
+    e = exponent(A, xp)
+    scaled = ldexp(A, -e[..., None, None], xp)
+    can_gram = is_numpy(A) and A.ndim == 2 and index == 0 and min(m, n) > 2
+    if method == "gram" and not can_gram:
+        raise ValueError(
+            f"expected one NumPy matrix with min(m, n) > 2 and k = 0 for method='gram', got shape {tuple(A.shape)}, "
+            f"k = {index}; use method='svd'"
+        )
+    if can_gram and (method == "gram" or (method == "auto" and min(m, n) >= _GRAM_FROM)):
+        try:
+            return _by_gram(scaled, e, tol, xp)
+        except np.linalg.LinAlgError:  # the gap is within rounding of K: let the SVD decide whether it is a tie
+            if method == "gram":
+                raise ConvergenceError(
+                    "expected sigma_0 to be isolated well above rounding for method='gram', got a Gram matrix whose "
+                    "shift is not positive definite; use method='svd'"
+                ) from None
+    U, s, Vh = xp.linalg.svd(scaled, full_matrices=False)
+    gap, status = isolation(s, _tuple(index), m != n, cluster, tol, xp)
+    margin = 10 * max(m, n) * eps(A, xp) * s[..., 0]
+    blank = SingularTriplet(
+        index, tuple(A.shape), status, xp, e, s, U, Vh, gap, margin, _no_resolvent, s.dtype, _cluster=cluster
+    )
+    return _assemble(blank, (U, s, adjoint(Vh, xp)), index, gap)
+
+
+def _no_resolvent() -> Resolvent:
+    raise AssertionError("a triplet is used before it is assembled")
+
+
+def _assemble(
+    blank: SingularTriplet, svd: tuple[Array, ...] | None, index: int | tuple[int, ...], gap: Array
+) -> SingularTriplet:
+    """The triplet of `index` from a thin SVD."""
+    assert svd is not None
+    xp, (U, s, V) = blank._xp, svd
+    indices = _tuple(index)
+    U0, s0, V0 = (xp.stack([x[..., i] for i in indices], axis=-1) for x in (U, s, V))
+    excluded = [[i in indices if blank._cluster else i == k for k in indices] for i in range(s.shape[-1])]
+    excluded = array(excluded, s, xp, dtype=xp.bool)
+    resolvent = partial(from_thin_svd, U, s, V, s0, excluded, xp)
+    return replace(blank, k=index, _values=s0, _P0=U0, _Q0=V0, _gap=gap, _resolvent=resolvent, _svd=(U, s, V))
+
+
+def _cast(triplet: SingularTriplet, dtype: Any) -> SingularTriplet:
+    """The same triplet in another dtype: a real matrix with complex directions, float32 with float64."""
+    xp = triplet._xp
+    real = xp.finfo(dtype).dtype
+
+    def floats(x: Array) -> Array:
+        return xp.astype(x, real, copy=False)
+
+    arrays = {name: floats(getattr(triplet, name)) for name in ("_e", "_values", "_gap", "_margin")}
+    arrays |= {name: xp.astype(getattr(triplet, name), dtype, copy=False) for name in ("_P0", "_Q0")}
+    cast = replace(triplet, **arrays)
+    if triplet._svd is None:  # the products with A promote by themselves
+        return cast
+    U, s, V = triplet._svd
+    return _assemble(cast, (xp.astype(U, dtype), floats(s), xp.astype(V, dtype)), cast.k, cast._gap)
+
+
+def _by_gram(A: np.ndarray, e: Array, tol: float, xp: Namespace) -> SingularTriplet:
+    """Top triplet of one NumPy matrix from the Gram matrix of its smaller side, in float64 at least."""
+    from scipy.linalg import eigh
+
+    wide = A.shape[0] <= A.shape[1]
+    dtype = np.result_type(A.dtype, np.float64)
+    B = (A if wide else A.conj().T).astype(dtype, copy=False)
+    Ba = B.conj().T
+    K = B @ Ba
+    r = len(K)
+    w, X = eigh(K, subset_by_index=[r - 2, r - 1], check_finite=False)
+    u = X[:, 1:]
+    v = Ba @ u
+    sigma = float(np.linalg.norm(v))
+    v /= sigma
+    s = np.array([sigma, math.sqrt(max(w[0], 0.0))])
+    gap, status = isolation(s, (0,), False, False, tol, xp)  # d is the distance to sigma_1 <= sigma_0 in any case
+    margin = np.asarray(10 * max(A.shape) * float(np.finfo(dtype).eps) * sigma)
+    resolvent = SmallSideResolvent(
+        gram_solver(K, u, sigma), (lambda x: B @ x, lambda y: Ba @ y), u, v, sigma, mirrored=not wide
+    )
+    P0, Q0 = (u, v) if wide else (v, u)
+    real = np.finfo(A.dtype).dtype
+    return SingularTriplet(0, A.shape, status, xp, e, s[:1], P0, Q0, gap, margin, lambda: resolvent, real)
+
+
+def isolation(
+    s: Array, indices: tuple[int, ...], zero: bool, cluster: bool, tol: float, xp: Namespace
 ) -> tuple[Array, Status]:
-    """Isolation distances (..., c), one for each column or one for the cluster; raises for ties and zeros."""
+    """Isolation distances (..., c), or (..., 1) for a cluster, and the status; raises for ties and zeros.
+
+    `zero` says whether zero is in the spectrum of T0 whatever s.
+    """
     r = s.shape[-1]
     distances = []
-    groups = [indices] if cluster else [(i,) for i in indices]
-    for group in groups:
-        lowest = s[..., max(group)]
-        _raise_if_zero(lowest, s, group, tol, xp)
+    for group in [indices] if cluster else [(i,) for i in indices]:
+        first, last = s[..., min(group)], s[..., max(group)]
+        _raise_if_zero(last, s, group, tol, xp)
         near = []
         if min(group) > 0:
-            near.append(s[..., min(group) - 1] - s[..., min(group)])
+            near.append(s[..., min(group) - 1] - first)
         if max(group) < r - 1:
-            near.append(lowest - s[..., max(group) + 1])
+            near.append(last - s[..., max(group) + 1])
+        # -sigma is always in the spectrum of T0, zero where A has a null space on either side
+        d = xp.where(zero | (s[..., -1] <= tol * s[..., 0]), last, 2 * last)
         for gap in near:
             _raise_if_tied(gap, s, group, tol, xp)
-        # -sigma is always in the spectrum of T0, zero only where A has a null space on either side
-        zero = rectangular | (s[..., -1] <= tol * s[..., 0])
-        d = xp.where(zero, lowest, 2 * lowest)
-        for gap in near:
             d = xp.minimum(d, gap)
         distances.append(d)
     gaps = xp.stack(distances, axis=-1)
-    close = bool(xp.any(gaps < 1e-3 * s[..., :1]))
-    status = Status.CLUSTER if cluster else Status.CLOSE_PAIR if close else Status.OK
-    return gaps, status
+    close = not cluster and bool(xp.any(gaps < 1e-3 * s[..., :1]))
+    return gaps, Status.CLUSTER if cluster else Status.CLOSE_PAIR if close else Status.OK
 
 
 def _first(mask: Array, xp: Namespace) -> tuple[int, ...] | None:
@@ -296,13 +414,14 @@ def _first(mask: Array, xp: Namespace) -> tuple[int, ...] | None:
 
 def _raise_if_zero(lowest: Array, s: Array, group: tuple[int, ...], tol: float, xp: Namespace) -> None:
     at = _first(lowest <= tol * s[..., 0], xp)
-    if at is not None:
-        where = f" of matrix {at}" if at else ""
-        raise ZeroSingularValueError(
-            f"expected a singular value above {tol:.1e} sigma_0, got sigma_{max(group)}{where} = "
-            f"{float(lowest[at] / s[(*at, 0)]) if float(s[(*at, 0)]) else 0.0:.3e} sigma_0: it is not "
-            "differentiable at zero, where only one-sided derivatives exist"
-        )
+    if at is None:
+        return
+    top = float(s[(*at, 0)])
+    raise ZeroSingularValueError(
+        f"expected a singular value above {tol:.1e} sigma_0, got sigma_{max(group)}{_where(at)} = "
+        f"{float(lowest[at]) / top if top else 0.0:.3e} sigma_0: it is not differentiable at zero, where only "
+        "one-sided derivatives exist"
+    )
 
 
 def _raise_if_tied(gap: Array, s: Array, group: tuple[int, ...], tol: float, xp: Namespace) -> None:
@@ -310,20 +429,117 @@ def _raise_if_tied(gap: Array, s: Array, group: tuple[int, ...], tol: float, xp:
     if at is None:
         return
     values = [float(s[(*at, i)]) for i in range(s.shape[-1])]
-    low = high = group[0]
+    low, high = min(group), max(group)
     while low > 0 and values[low - 1] - values[low] <= tol * values[0]:
         low -= 1
     while high < len(values) - 1 and values[high] - values[high + 1] <= tol * values[0]:
         high += 1
     cluster = tuple(range(low, high + 1))
     relative = float(gap[at]) / values[0]
-    where = f" of matrix {at}" if at else ""
     what = f"sigma_{group[0]}" if len(group) == 1 else f"the cluster {group}"
     raise DegenerateSingularValueError(
-        f"expected {what}{where} to be isolated by more than {tol:.1e} sigma_0, got a gap of {relative:.3e} sigma_0: "
-        f"the values {cluster} are tied and have no derivatives of their own; ask for the cluster with "
+        f"expected {what}{_where(at)} to be isolated by more than {tol:.1e} sigma_0, got a gap of {relative:.3e} "
+        f"sigma_0: the values {cluster} are tied and have no derivatives of their own; ask for the cluster with "
         f"sigma_series(A, H, order, k={cluster}) or for the derivative of its mean with on_degenerate='cluster'",
         k=group[0],
         cluster=cluster,
-        gap=relative * values[0],
+        gap=relative,
     )
+
+
+def _where(at: tuple[int, ...]) -> str:
+    return f" of matrix {at}" if at else ""
+
+
+# --- sparse arrays and operators ---------------------------------------------------------------------------------
+
+
+def _prepare_operators(
+    A: Any,
+    k: int | Sequence[int],
+    directions: list[Any],
+    names: list[str],
+    cluster: bool,
+    gap_tol: float | None,
+    v0: Any,
+) -> tuple[SingularTriplet, list[Any]]:
+    """As `prepare`, where the matrix or a direction is only multiplied with."""
+    if isinstance(A, SingularTriplet):
+        triplet = A
+        if not is_numpy(A._P0):
+            raise TypeError("expected directions of the triplet's array library, got a SciPy operator")
+    else:
+        triplet = _by_operator(A, k, cluster, gap_tol, v0)
+    operators = []
+    for H, name in zip(directions, names, strict=True):
+        if not is_operator(H):
+            _, (H,) = as_arrays(H, names=[name])
+            if not is_numpy(H):
+                raise TypeError(f"expected {name} as a NumPy array beside SciPy operators, got {type(H).__name__}")
+            check_direction(H, name, triplet.shape, np)
+        H = as_operator(H, name)
+        if H.shape != tuple(triplet.shape[-2:]):
+            raise ValueError(f"expected {name} of shape {tuple(triplet.shape[-2:])} like A, got {H.shape}")
+        operators.append(H)
+    return triplet, operators
+
+
+def _by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float | None, v0: Any) -> SingularTriplet:
+    """Triplet k of a matrix known by its products: Lanczos on K, conjugate gradients for the resolvent."""
+    if not is_operator(A):
+        xp, (A,) = as_arrays(A, names=["A"])
+        check_matrix(A, "A", xp)
+        if not is_numpy(A):
+            raise TypeError(f"expected a NumPy array for method='lanczos', got {type(A).__name__}")
+        A = A.astype(np.result_type(A.dtype, np.float64), copy=False)
+    B = as_operator(A, "A")
+    m, n = B.shape
+    index = check_indices(k, min(m, n), cluster=cluster)
+    if min(m, n) <= max(2 * (max(_tuple(index)) + 2), 32):  # too small for Lanczos to pay
+        xp, (dense,) = as_arrays(B.dense(), names=["A"])
+        return _by_dense(dense, index, gap_tol, cluster, "svd", xp)
+    if isinstance(index, tuple):
+        raise TypeError(
+            f"expected one index k for a sparse array or operator, got {index}; ask for one after the other, or give a "
+            "dense array"
+        )
+    if B.size == 0:
+        raise ZeroSingularValueError("expected a singular value above zero, got a matrix of zeros")
+    e = B.exponent()
+    B = B.scaled(e)
+    wide = m <= n
+    first, second = (B.apply, B.apply_adjoint) if wide else (B.apply_adjoint, B.apply)
+    w, X = top_of_gram(lambda x: first(second(x)), min(m, n), index + 2, _start(v0, B, wide), B.dtype)
+    u = X[:, index : index + 1]
+    v = second(u)
+    sigma = float(np.linalg.norm(v))
+    if sigma == 0:
+        raise ZeroSingularValueError(f"expected a singular value above zero, got sigma_{index} = 0")
+    v /= sigma
+    residual = float(np.linalg.norm(first(v) - sigma * u))
+    xp, _ = as_arrays(u, names=["u"])
+    s = np.sqrt(np.maximum(w, 0.0))
+    s[index] = sigma
+    tol = 10 * max(m, n) * float(np.finfo(float).eps) if gap_tol is None else gap_tol
+    gap, status = isolation(s, (index,), True, False, tol, xp)
+    margin = np.asarray(10 * max(m, n) * float(np.finfo(float).eps) * s[0] + residual)
+
+    def resolvent() -> Resolvent:
+        solver = IterativeSolver(lambda x: first(second(x)), X, w, index, sigma)
+        return SmallSideResolvent(solver, (first, second), u, v, sigma, mirrored=not wide)
+
+    P0, Q0 = (u, v) if wide else (v, u)
+    values, real = s[index : index + 1], np.dtype(np.float64)
+    return SingularTriplet(index, (m, n), status, xp, np.asarray(e), values, P0, Q0, gap, margin, resolvent, real)
+
+
+def _start(v0: Any, B: Operator, wide: bool) -> np.ndarray:
+    """Start vector of Lanczos on the smaller side; from a fixed seed where the caller has none."""
+    m, n = B.shape
+    if v0 is None:
+        start: np.ndarray = np.random.default_rng(0).standard_normal(min(m, n)).astype(B.dtype)
+        return start
+    v0 = np.asarray(v0)
+    if v0.shape != (n,):
+        raise ValueError(f"expected v0 of shape ({n},), a right singular vector, got {v0.shape}")
+    return (B.apply(v0[:, None])[:, 0] if wide else v0).astype(B.dtype)

@@ -1,0 +1,127 @@
+"""SciPy sparse arrays and LinearOperators as matrices that are only multiplied with.
+
+Legend: A (m, n) known through A x and A^* y; e exponent of two of its size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from specpert.result import NonFiniteError
+
+
+def is_operator(A: Any) -> bool:
+    """Whether A is a SciPy sparse array or a LinearOperator (known by what it can do: nothing is imported)."""
+    return hasattr(A, "tocsr") or (hasattr(A, "matvec") and hasattr(A, "rmatvec"))
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """A matrix given by its products, times `factor`."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    size: float  # of the order of the norm, before the factor; exact zero for a zero matrix
+    bound: float | None  # certified upper bound of ||A||_2 before the factor, None where only products are known
+    _apply: Callable[[np.ndarray], np.ndarray]
+    _apply_adjoint: Callable[[np.ndarray], np.ndarray]
+    factor: float = 1.0
+
+    @property
+    def ndim(self) -> int:
+        """Two, as of any matrix."""
+        return 2
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """A x for columns x (n, c)."""
+        return self.factor * self._apply(x)
+
+    def apply_adjoint(self, y: np.ndarray) -> np.ndarray:
+        """A^* y for columns y (m, c)."""
+        return self.factor * self._apply_adjoint(y)
+
+    def exponent(self) -> float:
+        """Floor of log2 of the size, 0 for a zero matrix."""
+        return float(math.floor(math.log2(self.size))) if self.size > 0 else 0.0
+
+    def scaled(self, e: float) -> Operator:
+        """A / 2^e."""
+        return Operator(
+            self.shape, self.dtype, self.size, self.bound, self._apply, self._apply_adjoint, self.factor * 2.0**-e
+        )
+
+    def norm_bound(self) -> float:
+        """Upper bound of the norm; for a LinearOperator an estimate by Lanczos, raised by one per cent."""
+        if self.bound is not None:
+            return self.bound * abs(self.factor)
+        if self.size == 0:
+            return 0.0
+        from scipy.sparse.linalg import LinearOperator, svds
+
+        operator = LinearOperator(
+            self.shape, matvec=lambda x: self._apply(x.reshape(-1, 1)), rmatvec=self._rmatvec, dtype=self.dtype
+        )
+        start = np.random.default_rng(0).standard_normal(min(self.shape))
+        if min(self.shape) < 3:
+            return abs(self.factor) * float(np.linalg.norm(self.dense(), 2)) * 1.01
+        return abs(self.factor) * 1.01 * float(svds(operator, k=1, v0=start, return_singular_vectors=False)[0])
+
+    def _rmatvec(self, y: np.ndarray) -> np.ndarray:
+        return self._apply_adjoint(y.reshape(-1, 1))
+
+    def dense(self) -> np.ndarray:
+        """The matrix itself, by products with the unit vectors of the smaller side."""
+        m, n = self.shape
+        if n <= m:
+            return self._apply(np.eye(n, dtype=self.dtype))
+        return self._apply_adjoint(np.eye(m, dtype=self.dtype)).conj().T
+
+
+def as_operator(A: Any, name: str) -> Operator:
+    """An Operator from a sparse array, a LinearOperator or a dense matrix; raises unless it is a finite matrix."""
+    if A.ndim != 2 or 0 in A.shape:
+        raise ValueError(f"expected {name} to be a matrix with at least one row and column, got shape {tuple(A.shape)}")
+    m, n = (int(i) for i in A.shape)
+    if hasattr(A, "tocsr"):
+        return _from_sparse(A, name)
+    if isinstance(A, np.ndarray):
+        Aa = A.conj().T
+        bound = float(min(np.linalg.norm(A), math.sqrt(np.linalg.norm(A, 1) * np.linalg.norm(A, np.inf))))
+        return Operator((m, n), A.dtype, float(np.abs(A).max()), bound, lambda x: A @ x, lambda y: Aa @ y)
+    dtype = np.result_type(A.dtype if A.dtype is not None else float, np.float64)
+    probe = np.random.default_rng(0).standard_normal(n)
+    image = np.asarray(A.matvec(probe))
+    try:
+        A.rmatvec(image)
+    except (NotImplementedError, TypeError, AttributeError) as error:
+        raise TypeError(
+            f"expected {name} to be a LinearOperator with rmatvec (the product with its adjoint), got one without; "
+            "give rmatvec=... when it is made"
+        ) from error
+    if not np.isfinite(image).all():
+        raise NonFiniteError(f"expected the products of {name} to be finite, got NaN or inf")
+    size = float(np.linalg.norm(image) / np.linalg.norm(probe)) * math.sqrt(max(m, n) / m)
+    return Operator((m, n), dtype, size, None, A.matmat, A.rmatmat)
+
+
+def _from_sparse(A: Any, name: str) -> Operator:
+    A = A.tocsr()
+    if A.dtype.kind not in "biufc":
+        raise TypeError(f"expected {name} with a floating or integer dtype, got {A.dtype}")
+    A = A.astype(np.result_type(A.dtype, np.float64), copy=False)
+    if not np.isfinite(A.data).all():
+        raise NonFiniteError(f"expected {name} to be finite, got {A.data[~np.isfinite(A.data)][0]} among its entries")
+    largest = float(np.abs(A.data).max()) if A.nnz else 0.0
+    bound = 0.0
+    if largest > 0:
+        magnitude = abs(A) / largest
+        sums = [float(magnitude.sum(axis=axis).max()) for axis in (0, 1)]
+        frobenius = math.sqrt(float((magnitude.data**2).sum()))
+        bound = largest * min(frobenius, math.sqrt(sums[0] * sums[1])) * (1 + 1e-12)
+    adjoint = A.conj().T.tocsr()
+    return Operator(A.shape, A.dtype, bound, bound, lambda x: A @ x, lambda y: adjoint @ y)
