@@ -149,12 +149,21 @@ class JsonLinesSink:
 
 
 def read_history(path: str | os.PathLike[str]) -> History:
-    """Read what `JsonLinesSink` wrote; a last line torn by a crash is left out.
+    r"""Read what `JsonLinesSink` wrote; a last line torn by a crash is left out.
 
     Raises
     ------
     ValueError
         A line other than the last is not JSON.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "history.jsonl"
+    ...     _ = path.write_text('{"step": 0, "layer": "fc", "mu": null}\n{"step": 0, "lay')
+    ...     read_history(path).rows
+    [{'step': 0, 'layer': 'fc', 'mu': nan}]
     """
     history = History()
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)

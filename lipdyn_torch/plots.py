@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lipdyn_torch.history import NETWORK, History
-from lipdyn_torch.predict import Prediction, observed, pathwise, sde
+from lipdyn_torch.predict import SDE, Prediction, observed, pathwise, sde
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,6 +47,14 @@ def summary_figure(history: History | pd.DataFrame) -> Figure:
     ----------
     history : History or DataFrame
         At least two monitored steps.
+
+    Examples
+    --------
+    >>> row = {"lr": 0.1, "batch": 4, "mu": 1.0, "kappa": 0.1, "lambda_sq": 0.2, "dz": 0.1, "dz2": 0.1, "dz3": 0.1}
+    >>> rows = [row | {"step": k, "layer": name, "z": k / 10} for k in (0, 1) for name in ("fc", "network")]
+    >>> figure = summary_figure(History(rows))
+    >>> [axes.get_title() for axes in figure.get_axes()[:2]]
+    ['Lipschitz bound of the network', 'Error of the predictors']
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -71,7 +79,7 @@ def log_k_panel(axes: Axes, history: History | pd.DataFrame, predictions: list[P
     axes.plot(step, z, color=BLACK, linewidth=2.6, alpha=0.35, label="observed", solid_capstyle="butt")
     for prediction, (color, dash) in zip(predictions, PREDICTOR_STYLES, strict=False):
         axes.plot(prediction.step, prediction.predicted, color=color, linestyle=dash, label=prediction.name)
-        if prediction.name == "SDE" and np.isfinite(prediction.half_width).all():
+        if prediction.name == SDE and np.isfinite(prediction.half_width).all():
             low, high = (prediction.predicted + sign * prediction.half_width for sign in (-1, 1))
             label = "SDE $\\pm$ 1 sd over batches"
             axes.fill_between(prediction.step, low, high, color=color, alpha=0.25, linewidth=0, label=label)
@@ -84,9 +92,12 @@ def error_panel(axes: Axes, predictions: list[Prediction]) -> None:
     for prediction, (color, dash) in zip(predictions, PREDICTOR_STYLES, strict=False):
         error = np.abs(prediction.error)
         axes.semilogy(prediction.step[1:], error[1:], color=color, linestyle=dash, label=prediction.name)
-        if prediction.name == "SDE" and np.isfinite(prediction.half_width).all():
+        if prediction.name == SDE and np.isfinite(prediction.half_width).all():
             sd = np.where(prediction.half_width > 0, prediction.half_width, np.nan)
             axes.fill_between(prediction.step, sd, color=color, alpha=0.18, linewidth=0, label="SDE, 1 sd")
+    top = max((float(np.nanmax(np.abs(p.error), initial=0.0)) for p in predictions), default=0.0)
+    if top > 0.0:
+        axes.set_ylim(1e-9 * top, 10 * top)  # below that is rounding
     axes.set(xlabel="optimiser step", ylabel="|predicted - observed|  (nats)", title="Error of the predictors")
     axes.legend(loc="best")
 

@@ -20,7 +20,11 @@ from lipdyn_torch.history import NETWORK, History
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Prediction", "observed", "pathwise", "sde"]
+__all__ = ["SDE", "Prediction", "observed", "pathwise", "sde"]
+
+
+#: The drift comes from the batches that made the steps, and the name says so (theory 2.7).
+SDE = "SDE, batch gradient"
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ def sde(
     else:
         variance = bridge_variance(v, np.repeat(rows["batch"].to_numpy(float), repeat), dataset_size)
     predicted = mean_z(float(z[0]), m, c, v_layers)[states]
-    return Prediction("SDE", step, predicted, z, np.sqrt(variance)[states])
+    return Prediction(SDE, step, predicted, z, np.sqrt(variance)[states])
 
 
 def _sum_of_layer_variances(frame: pd.DataFrame) -> NDArray[np.float64]:

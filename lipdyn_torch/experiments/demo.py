@@ -25,7 +25,8 @@ __all__ = ["DemoConfig", "DemoResult", "report", "run_demo"]
 HISTORY, FIGURE, SUMMARY = "history.jsonl", "figure.png", "summary.json"
 ABOUT = (
     "The paper's five-layer ConvNet, fitted to one channel and 8 x 8 pixels,\n"
-    "on scikit-learn's 1,797 scanned digits (plain SGD; K is the product of the layers' matrix norms)"
+    "on scikit-learn's 1,797 scanned digits, by plain SGD. K is the product of the layers' matrix norms,\n"
+    "a convolution counting as its reshaped kernel."
 )
 
 

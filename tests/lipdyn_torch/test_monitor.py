@@ -20,6 +20,7 @@ from lipdyn_torch import (
     UnownedParametersError,
     read_history,
 )
+from lipdyn_torch.layers import LinearRule
 
 FORCES = ["mu", "kappa", "lambda_sq"]
 
@@ -448,6 +449,34 @@ def test_every_and_the_sink(mlp_case, tmp_path):
     read = read_history(path)
     assert read.meta == monitor.history.meta
     assert read.to_pandas().equals(monitor.history.to_pandas())
+
+
+def test_idle_steps_do_no_work(mlp_case, monkeypatch):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    calls = []
+    contract = LinearRule.contract
+    monkeypatch.setattr(LinearRule, "contract", lambda *args: calls.append(0) or contract(*args))
+    matrix = LinearRule.matrix
+    monkeypatch.setattr(LinearRule, "matrix", lambda *args: calls.append(1) or matrix(*args))
+    with LipschitzMonitor(model, optimizer, every=4):
+        counts = []
+        for step in range(8):
+            calls.clear()
+            mlp_case.step(model, optimizer, step)
+            counts.append(calls.count(0))
+            assert bool(calls) == (step % 4 == 0)
+    assert counts == [3, 0, 0, 0, 3, 0, 0, 0]
+
+
+def test_two_monitors_agree_and_do_not_disturb_each_other(mlp_case):
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    with LipschitzMonitor(model, optimizer) as first, LipschitzMonitor(model, optimizer, every=2) as second:
+        for step in range(4):
+            mlp_case.step(model, optimizer, step)
+    rows = [row for row in first.history if row["step"] % 2 == 0]
+    assert str(rows) == str(second.history.rows)  # as text: NaN is not equal to itself
 
 
 def test_log_k_is_that_of_the_weights(mlp_case):

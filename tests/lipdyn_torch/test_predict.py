@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lipdyn_torch import History, JsonLinesSink, LipschitzMonitor, pathwise, read_history, sde
+from lipdyn_torch.predict import SDE
 
 
 def monitored(case, steps=30, lr=None, **settings):
@@ -161,9 +162,9 @@ def test_figure_shows_the_curves(mlp_case, tmp_path, every):
     assert len(axes) == 5
     assert all(a.get_xlabel() and a.get_title() for a in axes)
     drawn = {line.get_label(): line for line in axes[0].get_lines()}
-    names = ["SDE", "pathwise, order 2", "pathwise, order 3"] if every == 1 else ["SDE"]
+    names = [SDE, "pathwise, order 2", "pathwise, order 3"] if every == 1 else [SDE]
     assert list(drawn) == ["observed", *names]
-    assert drawn["SDE"].get_ydata() == pytest.approx(sde(monitor.history).predicted)
+    assert drawn[SDE].get_ydata() == pytest.approx(sde(monitor.history).predicted)
     assert {line.get_label() for line in axes[3].get_lines()} == set(monitor.layers)
     figure.savefig(tmp_path / "figure.png")
 
