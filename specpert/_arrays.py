@@ -85,9 +85,19 @@ def check_matrix(A: Array, name: str, xp: Namespace) -> None:
         raise ValueError(f"expected {name} to be a matrix (m, n) or a stack (..., m, n), got shape {tuple(A.shape)}")
     if 0 in A.shape:
         raise ValueError(f"expected {name} to have at least one row, column and matrix, got shape {tuple(A.shape)}")
-    if not bool(xp.all(xp.isfinite(A))):
+    if not bool(xp.all(xp.isfinite(magnitude(A, xp)))):
         bad = [int(i[0]) for i in xp.nonzero(~xp.isfinite(A))]
         raise NonFiniteError(f"expected {name} to be finite, got {A[tuple(bad)]} at index {tuple(bad)}")
+
+
+def magnitude(A: Array, xp: Namespace) -> Array:
+    """Largest modulus of a real or imaginary part in each matrix, shape (...); NaN where there is one.
+
+    Two reductions and no temporary of the size of A.
+    """
+    if is_complex(A, xp):
+        return xp.maximum(magnitude(xp.real(A), xp), magnitude(xp.imag(A), xp))
+    return xp.maximum(xp.max(A, axis=(-2, -1)), -xp.min(A, axis=(-2, -1)))
 
 
 def eps(A: Array, xp: Namespace) -> float:
@@ -123,26 +133,23 @@ def adjoint(A: Array, xp: Namespace) -> Array:
     return xp.conj(At) if is_complex(A, xp) else At
 
 
-def exponent(A: Array, xp: Namespace) -> Array:
-    """Floor of log2 of the largest entry of each matrix, shape (...); 0 for a zero matrix.
+def exponent(size: Array, xp: Namespace) -> Array:
+    """Floor of log2 of sizes (...), as floats; 0 for a zero and where the size is near one.
 
-    Everything is computed for A / 2^e, so that powers neither overflow nor underflow; dividing by a power of
-    two is exact.
+    Everything is computed for A / 2^e, so that powers neither overflow nor underflow; dividing by a power of two is
+    exact. Sizes within 2^16 (2^4 in float32) of one need no such care, and spare the copy.
     """
-    largest = xp.max(xp.abs(real(A, xp)), axis=(-2, -1))
-    if is_complex(A, xp):
-        largest = xp.maximum(largest, xp.max(xp.abs(xp.imag(A)), axis=(-2, -1)))
-    smallest = float(xp.finfo(A.dtype).smallest_normal)
-    floored = xp.where(largest > smallest, largest, xp.asarray(smallest, dtype=largest.dtype, device=_device(A)))
-    return xp.where(largest > 0, xp.floor(xp.log2(floored)), xp.zeros_like(largest))
-
-
-def _device(A: Array) -> Any:
-    return array_api_compat.device(A)
+    info = xp.finfo(size.dtype)
+    safe = xp.where(size > 0, xp.clip(size, float(info.smallest_normal), None), xp.ones_like(size))
+    e = xp.floor(xp.log2(safe))
+    near = 16.0 if info.bits > 32 else 4.0
+    return xp.where(xp.abs(e) <= near, xp.zeros_like(e), e)
 
 
 def ldexp(x: Array, e: Array, xp: Namespace) -> Array:
     """Return x * 2^e, with e broadcast against x; no intermediate result overflows or becomes NaN."""
+    if not bool(xp.any(e != 0)):
+        return x
     top = float(math.floor(math.log2(float(xp.finfo(x.dtype).max))) - 1)
     two = array(2.0, e, xp)
     with np.errstate(over="ignore", under="ignore"):  # callers look for infinities themselves
@@ -172,9 +179,9 @@ def scalar(x: Array) -> Any:
 
 def eye(n: int, like: Array, xp: Namespace) -> Array:
     """Identity of order n on the device and with the dtype of `like`."""
-    return xp.eye(n, dtype=like.dtype, device=_device(like))
+    return xp.eye(n, dtype=like.dtype, device=array_api_compat.device(like))
 
 
 def array(values: Any, like: Array, xp: Namespace, dtype: Any = None) -> Array:
     """An array from Python numbers on the device (and, unless said otherwise, with the dtype) of `like`."""
-    return xp.asarray(values, dtype=like.dtype if dtype is None else dtype, device=_device(like))
+    return xp.asarray(values, dtype=like.dtype if dtype is None else dtype, device=array_api_compat.device(like))

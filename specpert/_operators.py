@@ -45,10 +45,6 @@ class Operator:
         """A^* y for columns y (m, c)."""
         return self.factor * self._apply_adjoint(y)
 
-    def exponent(self) -> float:
-        """Floor of log2 of the size, 0 for a zero matrix."""
-        return float(math.floor(math.log2(self.size))) if self.size > 0 else 0.0
-
     def scaled(self, e: float) -> Operator:
         """A / 2^e."""
         return Operator(

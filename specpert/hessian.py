@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from specpert._arrays import Array, adjoint, array, as_arrays, exponent, eye, is_complex, ldexp, real, scalar
+from specpert._arrays import Array, adjoint, array, as_arrays, exponent, eye, is_complex, ldexp, magnitude, real, scalar
 from specpert.triplet import check_direction, prepare
 
 if TYPE_CHECKING:
@@ -245,4 +245,4 @@ def _coordinates(U: Array, p: Array, xp: Any) -> Array:
 
 
 def _vector_exponent(p: Array, q: Array, xp: Any) -> Array:
-    return xp.maximum(exponent(p[..., None, :], xp), exponent(q[..., None, :], xp))
+    return exponent(xp.maximum(magnitude(p[..., None, :], xp), magnitude(q[..., None, :], xp)), xp)

@@ -22,6 +22,7 @@ from specpert._arrays import (
     eye,
     finite,
     ldexp,
+    magnitude,
     namespace,
     real,
     scalar,
@@ -263,17 +264,13 @@ def scale(family: list[Any], e: Array, xp: Namespace) -> tuple[Array, list[Any]]
     """Exponent t (...) and A_j / 2^(e + j t), the largest of which is about one."""
     t = None
     for j, A_j in enumerate(family, start=1):
-        size = xp.ceil((_size(A_j, e, xp) - e) / j)
+        size = xp.ceil((_exponent(A_j, e, xp) - e) / j)
         t = size if t is None else xp.maximum(t, size)
-    t = xp.where(xp.isfinite(t), t, xp.zeros_like(t))
     return t, [_scaled(A_j, e + j * t, xp) for j, A_j in enumerate(family, start=1)]
 
 
-def _size(A_j: Any, e: Array, xp: Namespace) -> Array:
-    """Exponent of the size of A_j, minus infinity for a zero matrix."""
-    if isinstance(A_j, Operator):
-        return array(A_j.exponent() if A_j.size else -math.inf, e, xp)
-    return xp.where(xp.any(A_j != 0, axis=(-2, -1)), exponent(A_j, xp), array(-math.inf, e, xp))
+def _exponent(A_j: Any, e: Array, xp: Namespace) -> Array:
+    return exponent(array(A_j.size, e, xp) if isinstance(A_j, Operator) else magnitude(A_j, xp), xp)
 
 
 def _scaled(A_j: Any, e: Array, xp: Namespace) -> Any:

@@ -27,6 +27,7 @@ from specpert._arrays import (
     eye,
     is_numpy,
     ldexp,
+    magnitude,
     scalar,
     to_precision,
 )
@@ -290,7 +291,7 @@ def _by_dense(
     m, n = A.shape[-2:]
     index = check_indices(k, min(m, n), cluster=cluster)
     tol = 10 * max(m, n) * eps(A, xp) if gap_tol is None else gap_tol
-    e = exponent(A, xp)
+    e = exponent(magnitude(A, xp), xp)
     scaled = ldexp(A, -e[..., None, None], xp)
     can_gram = is_numpy(A) and A.ndim == 2 and index == 0 and min(m, n) > 2
     if method == "gram" and not can_gram:
@@ -357,8 +358,8 @@ def _by_gram(A: np.ndarray, e: Array, tol: float, xp: Namespace) -> SingularTrip
 
     wide = A.shape[0] <= A.shape[1]
     dtype = np.result_type(A.dtype, np.float64)
-    B = (A if wide else A.conj().T).astype(dtype, copy=False)
-    Ba = B.conj().T
+    B = (A if wide else adjoint(A, xp)).astype(dtype, copy=False)
+    Ba = adjoint(B, xp)
     K = B @ Ba
     r = len(K)
     w, X = eigh(K, subset_by_index=[r - 2, r - 1], check_finite=False)
@@ -505,7 +506,7 @@ def _by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float |
         )
     if B.size == 0:
         raise ZeroSingularValueError("expected a singular value above zero, got a matrix of zeros")
-    e = B.exponent()
+    e = float(exponent(np.asarray(B.size), np))
     B = B.scaled(e)
     wide = m <= n
     first, second = (B.apply, B.apply_adjoint) if wide else (B.apply_adjoint, B.apply)
