@@ -87,7 +87,7 @@ def as_operator(A: Any, name: str) -> Operator:
         return _from_sparse(A, name)
     if isinstance(A, np.ndarray):
         Aa = A.conj().T
-        bound = float(min(np.linalg.norm(A), math.sqrt(np.linalg.norm(A, 1) * np.linalg.norm(A, np.inf))))
+        bound = min(float(np.linalg.norm(A)), math.sqrt(float(np.linalg.norm(A, 1)) * float(np.linalg.norm(A, np.inf))))
         return Operator((m, n), A.dtype, float(np.abs(A).max()), bound, lambda x: A @ x, lambda y: Aa @ y)
     dtype = np.result_type(A.dtype if A.dtype is not None else float, np.float64)
     probe = np.random.default_rng(0).standard_normal(n)
@@ -112,7 +112,7 @@ def _from_sparse(A: Any, name: str) -> Operator:
     A = A.astype(np.result_type(A.dtype, np.float64), copy=False)
     if not np.isfinite(A.data).all():
         raise NonFiniteError(f"expected {name} to be finite, got {A.data[~np.isfinite(A.data)][0]} among its entries")
-    largest = float(np.abs(A.data).max()) if A.nnz else 0.0
+    largest = float(np.max(np.abs(A.data))) if A.nnz else 0.0
     bound = 0.0
     if largest > 0:
         magnitude = abs(A) / largest

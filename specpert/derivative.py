@@ -17,7 +17,7 @@ from specpert._arrays import Array, adjoint, array, dtype_name, eye, finite, is_
 from specpert._subsets import dense_tensor, mixed_cluster_mean, mixed_derivative
 from specpert.hessian import SigmaHessian, dense_hessian
 from specpert.result import DegenerateSingularValueError, DenseSizeError
-from specpert.series import ClusterSeries, expand, products, scale
+from specpert.series import ClusterSeries, expand, fast_coefficients, products, scale
 from specpert.triplet import SingularTriplet, prepare
 
 MAX_DENSE_BYTES = 2**31
@@ -98,6 +98,8 @@ def sigma_derivative(
         raise ValueError(f"expected on_degenerate to be 'raise' or 'cluster', got {on_degenerate!r}")
     if layout not in ("tensor", "vec"):
         raise ValueError(f"expected layout to be 'tensor' or 'vec', got {layout!r}")
+    if gap_tol is None and (fast := fast_coefficients(A, directions, k, order)) is not None:
+        return fast[order] * math.factorial(order)
     given = [] if directions is None else _as_directions(directions, order)
     names = ["H"] if len(given) == 1 else [f"H_{i}" for i in range(1, len(given) + 1)]
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any, overload
 
 import numpy as np
@@ -21,6 +22,8 @@ from specpert._arrays import (
     exponent,
     eye,
     finite,
+    is_numpy,
+    kernels,
     ldexp,
     magnitude,
     namespace,
@@ -235,6 +238,9 @@ def expand(
     """Series of what the triplet holds, for a family of the right library, dtype and shape."""
     xp, cluster = triplet._xp, triplet._cluster
     t, scaled = scale(family, triplet._e, xp)
+    if not vectors and _is_small(triplet, scaled):
+        lam = _stack(_by_kernel(triplet, scaled[0], order), triplet._e, t, triplet)[..., 0, :]
+        return SigmaSeries(lam, triplet.gap, triplet.status, None, None, Certificate(triplet, t, tuple(scaled)))
     state = Vectors([products(A_j, xp) for A_j in scaled], triplet._P0, triplet._Q0)
     resolvent = triplet._resolvent()
     E0 = xp.astype(triplet._values[..., None, :] * eye(len(triplet._indices), triplet._values, xp), triplet._P0.dtype)
@@ -247,6 +253,60 @@ def expand(
     lam = _stack(value_coefficients(state, E, order, xp), triplet._e, t, triplet)
     lam = lam[..., 0, :] if isinstance(triplet.k, int) else lam
     return SigmaSeries(lam, triplet.gap, triplet.status, left, right, certificate)
+
+
+SMALL = 64  # side up to which a matrix counts as small
+
+
+def _is_small(triplet: SingularTriplet, family: list[Any]) -> bool:
+    """Whether the kernels of small matrices can do it: NumPy, one value, one direction for each matrix."""
+    return (
+        is_numpy(triplet._P0)
+        and isinstance(triplet.k, int)
+        and triplet._svd is not None
+        and max(triplet.shape[-2:]) <= SMALL
+        and len(family) == 1
+        and tuple(family[0].shape) == triplet.shape
+    )
+
+
+def _by_kernel(triplet: SingularTriplet, H: Array, order: int) -> list[Array]:
+    """Coefficients of order 0, 1, ..., each (..., 1)."""
+    assert triplet._svd is not None
+    U, s, V = (x.reshape(-1, *x.shape[len(triplet.shape) - 2 :]) for x in triplet._svd)
+    out = np.empty((len(s), order + 1), s.dtype)
+    Vh, H = np.ascontiguousarray(adjoint(V, triplet._xp)), np.ascontiguousarray(H.reshape(-1, *H.shape[-2:]))
+    assert isinstance(triplet.k, int)
+    kernels(len(s)).direction_series(U, s, Vh, H, triplet.k, out)
+    return [out[:, n].reshape(*triplet.shape[:-2], 1) for n in range(order + 1)]
+
+
+def fast_coefficients(A: Any, H: Any, k: Any, order: int) -> np.ndarray | None:
+    """Coefficients along H of one small NumPy matrix of ordinary size and spectrum; None where more care is needed.
+
+    It spares the general path, whose checks take longer than the mathematics of a small matrix.
+    """
+    if not (type(A) is type(H) is np.ndarray and A.ndim == 2 and A.shape == H.shape and type(k) is int):
+        return None
+    if not (A.dtype == H.dtype and A.dtype in _FAST_DTYPES and 0 <= k < min(A.shape) and max(A.shape) <= SMALL):
+        return None
+    try:
+        U, s, Vh = np.linalg.svd(A, full_matrices=False)
+    except np.linalg.LinAlgError:
+        return None
+    top, value = float(s[0]), float(s[k])
+    tol = 10 * max(A.shape) * _FAST_EPS * top
+    above = float(s[k - 1]) - value if k > 0 else value
+    below = value - float(s[k + 1]) if k + 1 < len(s) else value
+    if not (1e-4 < top < 1e4 and min(value, above, below) > tol and 1e-4 < float(np.abs(H).max()) < 1e4):
+        return None
+    out = np.empty((1, order + 1))
+    kernels(1).direction_series(U[None], s[None], Vh[None], np.ascontiguousarray(H)[None], k, out)
+    return out[0] if math.isfinite(out.sum()) else None
+
+
+_FAST_DTYPES = (np.dtype(np.float64), np.dtype(np.complex128))
+_FAST_EPS = float(np.finfo(np.float64).eps)
 
 
 def _as_family(coefficients: Any) -> list[Any]:
@@ -262,10 +322,8 @@ def _as_family(coefficients: Any) -> list[Any]:
 
 def scale(family: list[Any], e: Array, xp: Namespace) -> tuple[Array, list[Any]]:
     """Exponent t (...) and A_j / 2^(e + j t), the largest of which is about one."""
-    t = None
-    for j, A_j in enumerate(family, start=1):
-        size = xp.ceil((_exponent(A_j, e, xp) - e) / j)
-        t = size if t is None else xp.maximum(t, size)
+    steps = [xp.ceil((_exponent(A_j, e, xp) - e) / j) for j, A_j in enumerate(family, start=1)]
+    t = reduce(xp.maximum, steps)
     return t, [_scaled(A_j, e + j * t, xp) for j, A_j in enumerate(family, start=1)]
 
 

@@ -28,6 +28,7 @@ from specpert._arrays import (
     is_numpy,
     ldexp,
     magnitude,
+    real_dtype,
     scalar,
     to_precision,
 )
@@ -145,6 +146,7 @@ class SingularTriplet:
 
     def _matrix(self, i: tuple[int, ...]) -> SingularTriplet:
         """The i-th matrix of the stack."""
+        assert self._svd is not None
         one = replace(self, shape=self.shape[-2:], _e=self._e[i], _margin=self._margin[i])
         return _assemble(one, tuple(x[i] for x in self._svd), self.k, self._gap[i])
 
@@ -232,7 +234,7 @@ def prepare(
         triplet, xp, arrays = A, A._xp, []
         if directions:
             xp, arrays = as_arrays(*directions, names=names)
-            results = xp.result_type(A._dtype, xp.finfo(arrays[0].dtype).dtype)
+            results = xp.result_type(A._dtype, real_dtype(arrays[0].dtype, xp))
             _, (P0, *arrays) = as_arrays(A._P0, *arrays, names=["the triplet", *names])
             triplet = replace(A if P0.dtype == A._P0.dtype else _cast(A, P0.dtype), _dtype=results)
     for H, name in zip(arrays, names, strict=True):
@@ -338,7 +340,7 @@ def _assemble(
 def _cast(triplet: SingularTriplet, dtype: Any) -> SingularTriplet:
     """The same triplet in another dtype: a real matrix with complex directions, float32 with float64."""
     xp = triplet._xp
-    real = xp.finfo(dtype).dtype
+    real = real_dtype(dtype, xp)
 
     def floats(x: Array) -> Array:
         return xp.astype(x, real, copy=False)

@@ -1,0 +1,23 @@
+"""Series of one singular value along a direction, for a stack of small matrices, in terms of the array API.
+
+Legend: U (B, m, r), s (B, r), Vh (B, r, n) thin SVDs; H (B, m, n) directions; out (B, N + 1) coefficients.
+"""
+
+from __future__ import annotations
+
+from specpert._arrays import Array, adjoint, array, namespace
+from specpert._recursion import Vectors, extend, value_coefficients
+from specpert._resolvent import from_thin_svd
+
+
+def direction_series(U: Array, s: Array, Vh: Array, H: Array, k: int, out: Array) -> None:
+    """Coefficients of sigma_k(A + x H) into out (theory 1.4, 1.5)."""
+    xp = namespace(U)
+    V, Ha = adjoint(Vh, xp), adjoint(H, xp)
+    order, e = out.shape[-1] - 1, s[..., k : k + 1]
+    excluded = array([[i == k] for i in range(s.shape[-1])], s, xp, dtype=xp.bool)
+    vectors = Vectors([(lambda Q: H @ Q, lambda P: Ha @ P)], U[..., k : k + 1], V[..., k : k + 1])
+    one = array([[1.0]], s, xp)
+    E = extend(vectors, from_thin_svd(U, s, V, e, excluded, xp), e[..., None], one, order // 2, xp)
+    for n, lam in enumerate(value_coefficients(vectors, E, order, xp)):
+        out[..., n] = lam[..., 0]

@@ -1,0 +1,105 @@
+"""The same in Numba, for NumPy arrays: the only file that imports numba.
+
+The compiled code is cached on disk, so that it is made once for each machine and not in every process. Fast-math stays
+off: it would reorder the sums on which the accuracy of the residuals rests.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+njit = numba.njit(cache=True, fastmath=False, nogil=True)
+
+
+@njit
+def direction_series(U, s, Vh, H, k, out):  # type: ignore[no-untyped-def]
+    """Coefficients of sigma_k(A + x H) into out; see the agnostic kernel (theory 1.4, 1.5)."""
+    B, m = U.shape[:2]
+    n, order = Vh.shape[2], out.shape[1] - 1
+    last = order // 2
+    P, F = np.empty((last + 1, m), U.dtype), np.empty((last + 1, m), U.dtype)  # F_j = H Q_j
+    Q, G = np.empty((last + 1, n), U.dtype), np.empty((last + 1, n), U.dtype)  # G_j = H^* P_j
+    f, g = np.empty(m, U.dtype), np.empty(n, U.dtype)
+    for i in range(B):
+        P[0] = U[i, :, k]
+        Q[0] = np.conj(Vh[i, k])
+        out[i, 0] = s[i, k]
+        for j in range(last + 1):
+            apply_pair(H[i], Q[j], P[j], F[j], G[j])
+            if j < last:
+                lam = (inner(P[0], F[j]) + inner(Q[0], G[j])) / 2
+                out[i, j + 1] = lam
+                f[:], g[:] = F[j], G[j]
+                for l in range(1, j + 1):
+                    f -= out[i, l] * P[j + 1 - l]
+                    g -= out[i, l] * Q[j + 1 - l]
+                resolvent(U[i], s[i], Vh[i], k, f, g, P[j + 1], Q[j + 1])
+        for N in range(last + 1, order + 1):
+            b = (N - 1) // 2
+            a = N - 1 - b
+            total = inner(P[a], F[b]) + inner(Q[a], G[b])
+            for j in range(1, b + 1):
+                for l in range(1, min(a, N - 1 - j) + 1):
+                    total -= out[i, N - j - l] * (inner(P[l], P[j]) + inner(Q[l], Q[j]))
+            out[i, N] = total / 2
+
+
+@njit
+def inner(x, y):  # type: ignore[no-untyped-def]
+    """Real part of x^* y."""
+    total = 0.0
+    for i in range(x.shape[0]):
+        total += x[i].real * y[i].real + x[i].imag * y[i].imag
+    return total
+
+
+@njit
+def apply_pair(H, q, p, f, g):  # type: ignore[no-untyped-def]
+    """Put H q into f and H^* p into g in one pass over H."""
+    g[:] = 0
+    for a in range(H.shape[0]):
+        total = q[0] * 0  # a zero of the right type; f is not filled yet
+        for b in range(H.shape[1]):
+            h = H[a, b]
+            total += h * q[b]
+            g[b] += np.conj(h) * p[a]
+        f[a] = total
+
+
+@njit
+def resolvent(U, s, Vh, k, f, g, x, y):  # type: ignore[no-untyped-def]
+    """Minus the reduced resolvent from a thin SVD, into x and y; f and g become the residuals (theory 1.4)."""
+    m, r = U.shape
+    n, e = Vh.shape[1], s[k]
+    x[:] = 0
+    y[:] = 0
+    for i in range(r):
+        al = f[0] * 0
+        be = f[0] * 0
+        for a in range(m):
+            al += np.conj(U[a, i]) * f[a]
+        for b in range(n):
+            be += Vh[i, b] * g[b]
+        if i == k:
+            xi = (al - be) / (4 * e)
+            yi = -xi
+        else:
+            denominator = (e - s[i]) * (e + s[i])
+            xi = (e * al + s[i] * be) / denominator
+            yi = (s[i] * al + e * be) / denominator
+        # what lies outside the thin SVD is divided by sigma: add U (xi - al / e) and f / e
+        if m > r:
+            xi -= al / e
+        if n > r:
+            yi -= be / e
+        for a in range(m):
+            x[a] += U[a, i] * xi
+        for b in range(n):
+            y[b] += np.conj(Vh[i, b]) * yi
+    if m > r:
+        for a in range(m):
+            x[a] += f[a] / e
+    if n > r:
+        for b in range(n):
+            y[b] += g[b] / e
