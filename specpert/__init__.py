@@ -3,6 +3,7 @@
 from specpert.derivative import sigma_derivative, sigma_gradient, sigma_hessian
 from specpert.hessian import SigmaHessian
 from specpert.result import (
+    ConvergenceError,
     DegenerateSingularValueError,
     DenseSizeError,
     NonFiniteError,
@@ -15,6 +16,7 @@ from specpert.triplet import SingularTriplet, singular_triplet
 
 __all__ = [
     "ClusterSeries",
+    "ConvergenceError",
     "DegenerateSingularValueError",
     "DenseSizeError",
     "NonFiniteError",

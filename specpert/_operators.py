@@ -87,8 +87,7 @@ def as_operator(A: Any, name: str) -> Operator:
         return _from_sparse(A, name)
     if isinstance(A, np.ndarray):
         Aa = A.conj().T
-        bound = min(float(np.linalg.norm(A)), math.sqrt(float(np.linalg.norm(A, 1)) * float(np.linalg.norm(A, np.inf))))
-        return Operator((m, n), A.dtype, float(np.abs(A).max()), bound, lambda x: A @ x, lambda y: Aa @ y)
+        return Operator((m, n), A.dtype, float(np.max(np.abs(A))), _dense_bound(A), lambda x: A @ x, lambda y: Aa @ y)
     dtype = np.result_type(A.dtype if A.dtype is not None else float, np.float64)
     probe = np.random.default_rng(0).standard_normal(n)
     image = np.asarray(A.matvec(probe))
@@ -101,7 +100,7 @@ def as_operator(A: Any, name: str) -> Operator:
         ) from error
     if not np.isfinite(image).all():
         raise NonFiniteError(f"expected the products of {name} to be finite, got NaN or inf")
-    size = float(np.linalg.norm(image) / np.linalg.norm(probe)) * math.sqrt(max(m, n) / m)
+    size = _norm(image) / _norm(probe) * math.sqrt(max(m, n) / m)
     return Operator((m, n), dtype, size, None, A.matmat, A.rmatmat)
 
 
@@ -112,12 +111,26 @@ def _from_sparse(A: Any, name: str) -> Operator:
     A = A.astype(np.result_type(A.dtype, np.float64), copy=False)
     if not np.isfinite(A.data).all():
         raise NonFiniteError(f"expected {name} to be finite, got {A.data[~np.isfinite(A.data)][0]} among its entries")
-    largest = float(np.max(np.abs(A.data))) if A.nnz else 0.0
     bound = 0.0
-    if largest > 0:
+    if A.nnz and (largest := float(np.max(np.abs(A.data)))) > 0:
         magnitude = abs(A) / largest
         sums = [float(magnitude.sum(axis=axis).max()) for axis in (0, 1)]
-        frobenius = math.sqrt(float((magnitude.data**2).sum()))
-        bound = largest * min(frobenius, math.sqrt(sums[0] * sums[1])) * (1 + 1e-12)
+        bound = largest * min(_norm(magnitude.data), math.sqrt(sums[0] * sums[1])) * (1 + 1e-12)
     adjoint = A.conj().T.tocsr()
     return Operator(A.shape, A.dtype, bound, bound, lambda x: A @ x, lambda y: adjoint @ y)
+
+
+def _dense_bound(A: np.ndarray) -> float:
+    """min(||A||_F, sqrt(||A||_1 ||A||_inf)), free of overflow."""
+    largest = float(np.max(np.abs(A)))
+    if largest == 0:
+        return 0.0
+    M = A / largest
+    both = float(np.linalg.norm(M, 1)) * float(np.linalg.norm(M, np.inf))
+    return largest * min(float(np.linalg.norm(M)), math.sqrt(both)) * (1 + 1e-12)
+
+
+def _norm(x: np.ndarray) -> float:
+    """Euclidean norm, free of overflow."""
+    largest = float(np.max(np.abs(x)))
+    return largest * float(np.linalg.norm(x / largest)) if largest > 0 else 0.0

@@ -266,6 +266,7 @@ def _is_small(triplet: SingularTriplet, family: list[Any]) -> bool:
         and triplet._svd is not None
         and max(triplet.shape[-2:]) <= SMALL
         and len(family) == 1
+        and not isinstance(family[0], Operator)
         and tuple(family[0].shape) == triplet.shape
     )
 

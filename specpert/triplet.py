@@ -368,6 +368,8 @@ def _by_gram(A: np.ndarray, e: Array, tol: float, xp: Namespace) -> SingularTrip
     u = X[:, 1:]
     v = Ba @ u
     sigma = float(np.linalg.norm(v))
+    if sigma == 0:
+        raise np.linalg.LinAlgError("zero matrix")
     v /= sigma
     s = np.array([sigma, math.sqrt(max(w[0], 0.0))])
     gap, status = isolation(s, (0,), False, False, tol, xp)  # d is the distance to sigma_1 <= sigma_0 in any case
@@ -512,7 +514,7 @@ def _by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float |
     B = B.scaled(e)
     wide = m <= n
     first, second = (B.apply, B.apply_adjoint) if wide else (B.apply_adjoint, B.apply)
-    w, X = top_of_gram(lambda x: first(second(x)), min(m, n), index + 2, _start(v0, B, wide), B.dtype)
+    w, X, following = top_of_gram(lambda x: first(second(x)), min(m, n), index + 1, _start(v0, B, wide), B.dtype)
     u = X[:, index : index + 1]
     v = second(u)
     sigma = float(np.linalg.norm(v))
@@ -521,7 +523,7 @@ def _by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float |
     v /= sigma
     residual = float(np.linalg.norm(first(v) - sigma * u))
     xp, _ = as_arrays(u, names=["u"])
-    s = np.sqrt(np.maximum(w, 0.0))
+    s = np.sqrt(np.maximum(np.append(w, following), 0.0))
     s[index] = sigma
     tol = 10 * max(m, n) * float(np.finfo(float).eps) if gap_tol is None else gap_tol
     gap, status = isolation(s, (index,), True, False, tol, xp)

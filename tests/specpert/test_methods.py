@@ -1,0 +1,310 @@
+"""The ways to a triplet and to its resolvent agree: thin SVD, Gram matrix, Lanczos; compiled and plain kernels."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.sparse as sparse
+import torch
+from oracles import taylor_mpmath, with_spectrum
+from scipy.sparse.linalg import LinearOperator, aslinearoperator
+
+from specpert import (
+    ConvergenceError,
+    DegenerateSingularValueError,
+    NonFiniteError,
+    SigmaHessian,
+    Status,
+    ZeroSingularValueError,
+    sigma_derivative,
+    sigma_series,
+    singular_triplet,
+)
+from specpert._kernels import agnostic, cpu
+
+
+def pair(shape, complex_=False, seed=0):
+    rng = np.random.default_rng([seed, *shape])
+    A, H = rng.standard_normal((2, *shape)) + (1j * rng.standard_normal((2, *shape)) if complex_ else 0)
+    return A, H / np.linalg.norm(H, 2)
+
+
+def assert_same(found, expected, d):
+    weights = (d / 2) ** np.arange(len(expected)) / d
+    assert np.abs((found - expected) * weights).max() <= 1e-12 * abs(expected[0]) / d
+
+
+SHAPES = [(70, 70), (70, 160), (160, 70), (5, 4), (4, 5), (3, 3)]
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gram_is_the_svd(shape, complex_):
+    A, H = pair(shape, complex_)
+    gram, svd = (singular_triplet(A, method=method) for method in ("gram", "svd"))
+    assert math.isclose(gram.sigma, svd.sigma, rel_tol=1e-14)
+    assert math.isclose(gram.gap, svd.gap, rel_tol=1e-10)
+    one, two = sigma_series(gram, H, 8, vectors=True), sigma_series(svd, H, 8, vectors=True)
+    assert_same(one.coefficients, two.coefficients, svd.gap)
+    # signs and phases are free: compare what does not depend on them
+    np.testing.assert_allclose(
+        one.left[:, 3, None] @ one.left[:, :1].conj().T, two.left[:, 3, None] @ two.left[:, :1].conj().T, atol=1e-8
+    )
+    assert math.isclose(one.radius, two.radius, rel_tol=1e-9)
+    assert one.remainder(one.radius / 3) < 1.01 * two.remainder(one.radius / 3) + 1e-12
+    directions = [H, H[::-1], H[:, ::-1]]
+    mixed = [sigma_derivative(t, 3, directions=directions) for t in (gram, svd)]
+    assert math.isclose(*mixed, rel_tol=1e-8)
+
+
+def test_auto_takes_the_gram_matrix_for_the_top_of_a_large_matrix():
+    A, H = pair((80, 90))
+    assert singular_triplet(A)._svd is None
+    assert singular_triplet(A, k=1)._svd is not None
+    assert singular_triplet(A[:20])._svd is not None
+    assert singular_triplet(torch.as_tensor(A))._svd is not None
+    assert_same(
+        sigma_series(A, H, 6).coefficients,
+        sigma_series(singular_triplet(A, method="svd"), H, 6).coefficients,
+        singular_triplet(A).gap,
+    )
+
+
+def test_gram_in_float32_is_more_accurate_than_its_input():
+    A, H = pair((200, 300))
+    A32, H32 = A.astype(np.float32), H.astype(np.float32)
+    series = sigma_series(A32, H32, 4)
+    assert series.coefficients.dtype == np.float32
+    exact = sigma_series(A32.astype(float), H32.astype(float), 4).coefficients
+    assert np.abs(series.coefficients - exact).max() <= 1e-6 * np.abs(exact).max()
+    triplet = singular_triplet(A32)
+    assert triplet.u.dtype == triplet.v.dtype == np.float32
+    assert isinstance(triplet.sigma, np.float32)
+    assert sigma_series(triplet, H, 2).coefficients.dtype == np.float64
+    assert sigma_series(triplet, H32, 2).coefficients.dtype == np.float32
+
+
+def test_gram_leaves_ties_and_zeros_to_the_svd():
+    A = np.eye(70)
+    with pytest.raises(DegenerateSingularValueError, match="are tied"):
+        singular_triplet(A)
+    A[0, 0] = 1 + 1e-9
+    triplet = singular_triplet(A)
+    assert math.isclose(triplet.gap, 1e-9, rel_tol=1e-5)
+    assert triplet.status is Status.CLOSE_PAIR
+    with pytest.raises(ZeroSingularValueError):
+        singular_triplet(np.zeros((70, 70)))
+    with pytest.raises(ValueError, match="method='gram'"):
+        singular_triplet(A, k=1, method="gram")
+    with pytest.raises(ValueError, match=r"method to be one of .*, got 'qr'"):
+        singular_triplet(A, method="qr")
+
+
+@pytest.mark.parametrize("shape", [(8, 9), (9, 8)], ids=str)
+def test_hessian_and_dense_tensors_without_an_svd(shape):
+    A = pair(shape)[0]
+    gram = singular_triplet(A, method="gram")
+    for order in (1, 2, 3):
+        np.testing.assert_allclose(sigma_derivative(gram, order), sigma_derivative(A, order), atol=1e-8)
+    with pytest.raises(TypeError, match="method='svd'"):
+        SigmaHessian(gram)
+
+
+def operators(A):
+    """The same matrix as everything that only multiplies."""
+    return {"csr": sparse.csr_array(A), "coo": sparse.coo_matrix(A), "operator": aslinearoperator(A)}
+
+
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("kind", ["csr", "coo", "operator"])
+@pytest.mark.parametrize("shape", [(120, 80), (80, 120)], ids=str)
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+def test_lanczos_is_the_svd(shape, kind, k, complex_):
+    A, H = pair(shape, complex_)
+    A[np.abs(A) < 1.0] = 0
+    dense = sigma_series(A, [H, 0.5 * H], 5, k=k)
+    for B in (H, operators(H)[kind]):
+        found = sigma_series(operators(A)[kind], [B, 0.5 * B], 5, k=k)
+        assert_same(found.coefficients, dense.coefficients, dense.gap)
+        assert 0.8 * dense.gap < found.gap <= dense.gap * (1 + 1e-8)  # the next value is bounded from above
+        # a LinearOperator has its norm estimated, a sparse one bounded: the radius is never larger
+        assert 0.1 * dense.radius < found.radius <= dense.radius * (1 + 1e-6)
+        x = found.radius / 2
+        truth = np.linalg.svd(A + x * H + 0.5 * x * x * H, compute_uv=False)[k]
+        assert abs(truth - found(x)) <= found.remainder(x)
+
+
+def test_lanczos_for_a_dense_array_and_warm_start():
+    A, _H = pair((90, 100))
+    cold = singular_triplet(A, method="lanczos")
+    assert math.isclose(cold.sigma, singular_triplet(A).sigma, rel_tol=1e-13)
+    products = 0
+
+    def count(x):
+        nonlocal products
+        products += 1
+        return A @ x
+
+    B = LinearOperator(A.shape, matvec=count, rmatvec=lambda y: A.T @ y, dtype=float)
+    singular_triplet(B)
+    from_cold, products = products, 0
+    singular_triplet(B, v0=cold.v)
+    assert products < from_cold
+    with pytest.raises(ValueError, match=r"v0 of shape \(100,\)"):
+        singular_triplet(B, v0=cold.u)
+
+
+def test_small_operators_are_decomposed():
+    A, H = pair((6, 5))
+    for B in operators(A).values():
+        np.testing.assert_allclose(sigma_series(B, H, 4, k=1).coefficients, sigma_series(A, H, 4, k=1).coefficients)
+    np.testing.assert_allclose(sigma_derivative(sparse.csr_array(A), 2), sigma_derivative(A, 2))
+
+
+def test_sparse_direction_of_a_dense_matrix():
+    A, H = pair((40, 50))
+    np.testing.assert_allclose(
+        sigma_series(A, sparse.csr_array(H), 4).coefficients, sigma_series(A, H, 4).coefficients, atol=1e-10
+    )
+    np.testing.assert_allclose(
+        sigma_series(singular_triplet(A), sparse.csr_array(H), 4).coefficients,
+        sigma_series(A, H, 4).coefficients,
+        atol=1e-10,
+    )
+    assert sigma_derivative(A, 2, directions=[H, sparse.csr_array(H)]) == pytest.approx(
+        sigma_derivative(A, 2, directions=H), rel=1e-10
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_lanczos_scales(scale):
+    A, H = pair((60, 50))
+    one, scaled = sigma_series(sparse.csr_array(A), H, 4), sigma_series(sparse.csr_array(scale * A), scale * H, 4)
+    assert_same(scaled.coefficients / scale, one.coefficients, one.gap)
+
+
+def test_iterative_errors():
+    A, H = pair((60, 50))
+    B = sparse.csr_array(A)
+    with pytest.raises(TypeError, match="LinearOperator with rmatvec"):
+        singular_triplet(LinearOperator(A.shape, matvec=lambda x: A @ x))
+    with pytest.raises(TypeError, match="expected one index k"):
+        singular_triplet(B, k=[0, 1])
+    with pytest.raises(ValueError, match=r"H of shape \(60, 50\) like A"):
+        sigma_series(B, sparse.csr_array(H.T), 2)
+    with pytest.raises(ValueError, match=r"H of shape"):
+        sigma_series(B, H.T, 2)
+    bad = B.copy()
+    bad.data[3] = np.nan
+    with pytest.raises(NonFiniteError, match="A to be finite, got nan"):
+        singular_triplet(bad)
+    with pytest.raises(NonFiniteError, match="products of A"):
+        singular_triplet(aslinearoperator(np.where(A[0, 0] == A, np.nan, A)))
+    with pytest.raises(ZeroSingularValueError, match="matrix of zeros"):
+        singular_triplet(sparse.csr_array((60, 50)))
+    with pytest.raises(IndexError, match="k = 50"):
+        singular_triplet(B, k=50)
+    with pytest.raises(DegenerateSingularValueError):
+        singular_triplet(sparse.eye_array(60).tocsr())
+    with pytest.raises(TypeError, match="NumPy array beside SciPy operators"):
+        sigma_series(B, torch.as_tensor(H), 2)
+    with pytest.raises(TypeError, match="method='lanczos'"):
+        singular_triplet(torch.as_tensor(A), method="lanczos")
+
+
+def test_a_solve_that_does_not_converge_says_so():
+    rng = np.random.default_rng(3)
+    values = np.sort(np.concatenate([[2.0, 1.0, 1 - 1e-6], 1 - 1e-6 - np.geomspace(1e-7, 0.9, 397)]))[::-1]
+    A = with_spectrum(rng, 400, 450, list(values))
+    triplet = singular_triplet(sparse.csr_array(A), k=0)  # the top value itself is easy
+    assert math.isclose(triplet.sigma, 2.0, rel_tol=1e-12)
+    with pytest.raises(ConvergenceError, match=r"(Lanczos|conjugate gradients).*method='svd'"):
+        sigma_series(sparse.csr_array(A), rng.standard_normal(A.shape), 4, k=1)
+
+
+@pytest.mark.slow
+def test_a_bipartite_graph_of_two_million_edges():
+    """In a process of its own, with its memory and time bounded."""
+    script = """
+import resource, time
+import numpy as np, scipy.sparse as sparse
+from specpert import sigma_series
+rng = np.random.default_rng(0)
+m, n, edges = 200_000, 100_000, 2_000_000
+A = sparse.coo_array((np.ones(edges), (rng.integers(m, size=edges), rng.integers(n, size=edges))), shape=(m, n)).tocsr()
+H = A.copy(); H.data = rng.standard_normal(A.nnz)
+start = time.perf_counter()
+series = sigma_series(A, H, 4)
+seconds = time.perf_counter() - start
+x = series.radius / 4
+moved = sigma_series(A + x * H, H, 0).coefficients[0]
+assert abs(moved - series(x)) <= series.remainder(x), (moved, series(x), series.remainder(x))
+assert seconds < 60, seconds
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 * 1024**2
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+
+# --- kernels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3, 6, 7])
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (5, 5), (1, 4), (4, 1), (1, 1)], ids=str)
+def test_compiled_kernel_is_the_plain_one(shape, complex_, order):
+    rng = np.random.default_rng([order, *shape])
+    A, H = rng.standard_normal((2, 3, *shape)) + (1j * rng.standard_normal((2, 3, *shape)) if complex_ else 0)
+    U, s, Vh = np.linalg.svd(A, full_matrices=False)
+    for k in {0, min(shape) - 1}:
+        plain, compiled = np.empty((3, order + 1)), np.empty((3, order + 1))
+        agnostic.direction_series(U, s, Vh, H, k, plain)
+        cpu.direction_series(U, s, Vh, H, k, compiled)
+        for i in range(3):
+            d = singular_triplet(A[i], k=k).gap
+            assert_same(compiled[i], plain[i], d)
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+def test_the_fast_way_is_the_general_way(complex_):
+    A, H = pair((6, 10), complex_)
+    for order in range(1, 7):
+        for k in range(6):
+            fast = sigma_derivative(A, order, k=k, directions=H)
+            general = sigma_derivative(A, order, k=k, directions=H, gap_tol=1e-12)
+            assert math.isclose(fast, general, rel_tol=1e-8)
+            assert isinstance(fast, np.float64)
+    truth = taylor_mpmath(A, H, 0, 3)[3] * 6
+    assert math.isclose(sigma_derivative(A, 3, directions=H), truth, rel_tol=1e-11)
+
+
+def test_the_fast_way_gives_way_where_care_is_needed():
+    """Ties, zeros, NaN and extreme sizes go the general way, with its errors and its scaling."""
+    A, H = pair((4, 4))
+    for bad, error in [(np.eye(4), DegenerateSingularValueError), (np.zeros((4, 4)), ZeroSingularValueError)]:
+        with pytest.raises(error):
+            sigma_derivative(bad, 2, directions=H)
+    for M, D in [(A * np.nan, H), (A, H * np.inf)]:
+        with pytest.raises(NonFiniteError):
+            sigma_derivative(M, 2, directions=D)
+    assert math.isclose(
+        sigma_derivative(1e-200 * A, 2, directions=1e-200 * H), 1e-200 * sigma_derivative(A, 2, directions=H)
+    )
+    with pytest.raises(IndexError):
+        sigma_derivative(A, 2, k=4, directions=H)
+
+
+def test_numba_is_not_imported_for_a_few_calls():
+    script = """
+import sys, time
+start = time.perf_counter()
+import specpert
+assert time.perf_counter() - start < 5
+import numpy as np
+A, H = np.random.default_rng(0).standard_normal((2, 4, 5))
+specpert.sigma_derivative(A, 2, directions=H); specpert.sigma_series(A, H, 4); specpert.sigma_hessian(A)
+for module in ("numba", "torch", "jax", "scipy.sparse.linalg", "pandas", "matplotlib"):
+    assert module not in sys.modules, module
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
