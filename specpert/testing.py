@@ -90,7 +90,7 @@ def check_series(
 
     A coefficient may be off by
 
-    .. math:: r_0^{-n} \left[ 10 \max(m, n)\, s_1 \left( e (n + 1)\, \varepsilon + a_n\, \varepsilon_0 \right) + t_n \right]
+    .. math:: r_0^{-n} [ 10 \max(m, n)\, s_1 ( e (n + 1)\, \varepsilon + a_n\, \varepsilon_0 ) + t_n ]
 
     with :math:`\varepsilon` that of the dtype of the coefficients and :math:`\varepsilon_0` of the samples,
     :math:`a_n` the amplification (on the circle at most e (N + 1)) and :math:`t_n` the truncation of the rule.
@@ -143,20 +143,22 @@ def check_series(
     """
     __tracebackhide__ = True
     if computed is None:
-        series = sigma_series(A, coefficients, order, k=k)  # type: ignore[call-overload]
+        series = sigma_series(A, coefficients, order, k=k)  # type: ignore[arg-type]
         computed = series.mean if isinstance(series, ClusterSeries) else series.coefficients
     found = _numpy(computed)
     comparison = _Comparison(_eps(found), factor)
     groups = _groups(k)
     for index, matrix, family in _matrices(A, coefficients):
         row = found[index]
-        expected_shape = (order + 1,) if _is_single(k) else (len(groups), order + 1)
+        expected_shape: tuple[int, ...] = (order + 1,)
+        if _is_several(k):
+            expected_shape = (len(groups), order + 1)
         if row.shape != expected_shape:
             raise ValueError(f"expected coefficients of shape {expected_shape} for each matrix, got {row.shape}")
         for values, group in zip(row.reshape(len(groups), -1), groups, strict=True):
             problem = _Problem.make(matrix, family, group)
             reference, rule = problem.samples(order, digits)
-            comparison.coefficients(problem, values, reference, rule, 0.0 if digits else _EPS)
+            comparison.coefficients(problem, values, reference, rule, 10.0**-digits if digits else _EPS)
     return comparison.report()
 
 
@@ -318,14 +320,15 @@ def check_certificate(
         raise ValueError("expected a series with a certified radius, got radius 0: the gap is lost in rounding errors")
     ((_, matrix, family),) = _matrices(A, coefficients)
     problem = _Problem.make(matrix, family, _groups(k)[0])
-    value = problem.exact(digits) if digits else problem.value
+    exact_value = _exact(problem, digits) if digits else None
     allowance = 0.0 if digits else problem.noise(_EPS)
     worst = (-1.0, 0.0, 0.0)
     reach = radius if math.isfinite(radius) else problem.r0
     for x in 0.99 * reach * np.linspace(-1, 1, samples):
         claimed = float(_numpy(series.remainder(float(x))))
-        exact, partial = value(float(x)), math.fsum(float(c) * float(x) ** n for n, c in enumerate(lam))
-        error = abs(float(exact - partial))
+        partial = sum((c * float(x) ** n for n, c in enumerate(lam)), start=0.0)
+        exact = exact_value(float(x), 1.0) if exact_value else problem.value(float(x))
+        error = abs(float(exact - float(partial)))
         if not error <= claimed + allowance or not math.isfinite(claimed):
             raise AssertionError(
                 f"expected sigma = {float(exact):.15e} at x = {x:.6e} ({abs(x) / radius:.2f} of the radius "
@@ -334,7 +337,7 @@ def check_certificate(
             )
         bound = claimed + allowance
         worst = max(worst, (error / bound if bound > 0 else 0.0, error, bound))
-    return CheckReport((order,), (worst[1],), (worst[2],), _name_of(digits) + " on a real interval")
+    return CheckReport((order,), (worst[1],), (worst[2],), f"samples of {digits} digits" if digits else "samples")
 
 
 class _Comparison:
@@ -357,9 +360,7 @@ class _Comparison:
             unit = problem.r0**-n
             self.one(problem, n, value, expected * unit, relative, unit, f"lam_{n} = {{}} ({rule.name})")
 
-    def one(
-        self, problem: _Problem, n: int, got: Any, expected: Any, relative: float, unit: float, what: str
-    ) -> None:
+    def one(self, problem: _Problem, n: int, got: Any, expected: Any, relative: float, unit: float, what: str) -> None:
         """Compare the results of order n; the tolerance is `relative` times `unit`."""
         __tracebackhide__ = True
         relative = relative * self.factor
@@ -395,7 +396,7 @@ def _against_sigma(
 ) -> CheckReport:
     """Specpert's derivative against samples of the caller's function; mixed ones by polarisation.
 
-    D^n sigma[H_1, ..., H_n] = 2^(1-n) sum over signs, the first one +, of their product times lam_n along the signed sum.
+    D^n sigma[H_1, ..., H_n] = 2^(1-n) sum over signs, the first one +, of their product times lam_n along their sum.
     """
     __tracebackhide__ = True
     order = len(directions)
@@ -417,13 +418,13 @@ def _against_sigma(
         along = problem.samples(order, None, lambda x, H=H: float(function(A + x * H)))  # type: ignore[misc]
         unit = problem.r0**-order / 2 ** (order - 1)
         total += math.prod(signs) * along[0][order] * unit
-        allowed += (problem.noise(eps) * along[1].amplification[order] + problem.size * along[1].truncation[order]) * unit
+        allowed += (
+            problem.noise(eps) * along[1].amplification[order] + problem.size * along[1].truncation[order]
+        ) * unit
     size = _polydisc(problem.d, family, order, one)
     computed = _numpy(ours)
     comparison = _Comparison(_eps(computed), factor)
-    relative = problem.noise(_eps(computed)) * math.e * (order + 1)
-    if size > 0:
-        relative += allowed * math.prod(norms) / size
+    relative = problem.noise(_eps(computed)) * math.e * (order + 1) + allowed * math.prod(norms) / size
     comparison.reference = along[1].name
     comparison.one(
         problem, order, computed, total * math.prod(norms), relative, size, f"D^{order} sigma_{k} = {{}} (samples)"
@@ -433,7 +434,7 @@ def _against_sigma(
 
 def _polydisc(d: float, family: list[np.ndarray], order: int, one: bool) -> float:
     """Size of D^n sigma[H_1, ..., H_n] in units of d / 2: c_n prod_i (2 ||H_i|| / d)."""
-    norms = [float(np.linalg.norm(H, 2)) for H in family] or [1.0] * order
+    norms = [float(np.linalg.norm(H, 2)) or 1.0 for H in family] or [1.0] * order
     return (math.factorial(order) if one else order**order) * math.prod(2 * h / d for h in norms)
 
 
@@ -442,11 +443,11 @@ def _polydisc(d: float, family: list[np.ndarray], order: int, one: bool) -> floa
 
 @dataclass(frozen=True)
 class _Rule:
-    """lam_n r0^n = sum_i weights[n, i] sigma(nodes[i] r0), nodes in the unit disc."""
+    """lam_n r0^n = sum_i weights[n][i] sigma(nodes[i] r0), nodes in the unit disc."""
 
     name: str
-    nodes: np.ndarray
-    weights: np.ndarray
+    nodes: Sequence[Any]
+    weights: Sequence[Sequence[Any]]
     amplification: list[float]  # of the error of a sample
     truncation: list[float]  # in units of the largest |lam_n| r0^n
 
@@ -466,90 +467,373 @@ class _Problem:
     def make(cls, A: Any, family: list[Any], group: tuple[int, ...]) -> _Problem:
         s = _singular_values(A, max(group) + 2)
         d = _isolation(s, group, A.shape)
+        if not d > 0:
+            raise ValueError(f"expected isolated singular values {group}, got an isolation distance of {d}")
         norms = [float(_singular_values(A_j, 1)[0]) for A_j in family]
         return cls(A, family, group, s, d, _radius(d, norms))
 
-    def noise(self, eps: float) -> float:
-        """Backward error of a stable computation in a precision (theory 1.9)."""
-        return float(10 * max(self.A.shape) * eps * self.s[0])
-
     @property
     def size(self) -> float:
-        """Bound of |lam_n| r0^n for n > 0 (theory 1.9)."""
+        """Bound of |lam_n| r0^n for n > 0 (theory 1.9): d / 2, and the spread of a cluster."""
         return self.d / 2 + float(self.s[min(self.group)] - self.s[max(self.group)])
 
-    def at(self, x: Any) -> Any:
+    def noise(self, eps: float) -> float:
+        """Backward error of a stable computation in a precision, times the condition of a cluster's mean."""
+        return float(10 * max(self.A.shape) * eps * self.s[0]) * self.size / (self.d / 2)
+
+    def at(self, x: float) -> Any:
         """A(x)."""
-        total = self.A
-        for j, A_j in enumerate(self.family, start=1):
-            total = total + x**j * A_j
-        return total
+        return sum((x**j * A_j for j, A_j in enumerate(self.family, start=1)), start=self.A)
 
     def value(self, x: float) -> float:
         """Mean of the group at a real x."""
         return float(np.mean(_singular_values(self.at(x), max(self.group) + 2)[list(self.group)]))
 
-    def exact(self, digits: int) -> Callable[[Any], Any]:
-        """The same with mpmath."""
-        try:
-            import mpmath
-        except ImportError as error:
-            raise ImportError("digits=... needs mpmath; install it with: pip install mpmath") from error
-        if not isinstance(self.A, np.ndarray):
-            raise TypeError("expected a dense matrix for digits=..., got an operator")
-        complex_ = any(np.iscomplexobj(X) for X in (self.A, *self.family))
-
-        def value(x: Any) -> Any:
-            with mpmath.workdps(digits):
-                total = mpmath.matrix(self.A.tolist())
-                for j, A_j in enumerate(self.family, start=1):
-                    total = total + mpmath.mpmathify(x) ** j * mpmath.matrix(A_j.tolist())
-                values = (mpmath.svd_c if complex_ else mpmath.svd_r)(total, compute_uv=False)
-                return sum(values[i] for i in self.group) / len(self.group)
-
-        return value
-
     def branch(self, x: np.ndarray) -> np.ndarray:
-        """Mean of the group for complex x, by all eigenvalues of the Jordan-Wielandt family."""
+        """Mean of the group for complex x, from all eigenvalues of the Jordan-Wielandt family."""
         m, n = self.A.shape
         T = np.zeros((len(x), m + n, m + n), dtype=complex)
-        powers = [x[:, None, None] ** j for j in range(len(self.family) + 1)]
-        for power, A_j in zip(powers, (self.A, *self.family), strict=True):
+        for j, A_j in enumerate((self.A, *self.family)):
+            power = x[:, None, None] ** j
             T[:, :m, m:] += power * A_j
             T[:, m:, :m] += power * A_j.conj().T
         w = np.linalg.eigvals(T)
-        low, high = self.s[max(self.group)], self.s[min(self.group)]
-        distance = np.abs(w - np.clip(w.real, low, high))
+        distance = np.abs(w - np.clip(w.real, self.s[max(self.group)], self.s[min(self.group)]))
         nearest = np.argsort(distance, axis=1)[:, : len(self.group)]
         return np.take_along_axis(w, nearest, axis=1).mean(axis=1)
 
     def samples(
-        self, order: int, digits: int | None, function: Callable[[float], float] | None = None
+        self, order: int, digits: int | None = None, function: Callable[[float], float] | None = None
     ) -> tuple[np.ndarray, _Rule]:
-        """The lam_n r0^n of orders 0 ... N from samples, and the rule."""
-        if function is None and digits is None and isinstance(self.A, np.ndarray):
-            rule = _circle(order)
-            half = self.branch(rule.nodes[: len(rule.nodes) // 2 + 1] * self.r0)
-            values = np.concatenate([half, half[-2:0:-1].conj()])  # sigma(conj x) = conj sigma(x)
-            return (rule.weights @ values).real, rule
+        """The lam_n r0^n of orders 0 ... N, and the rule that gave them."""
         if digits is not None:
-            import mpmath
-
-            value = self.exact(digits)
-            rule = _interval(order, min(0.5, 10.0 ** (-digits / (2 * order + 40))), order + 24 + order % 2, "samples by mpmath")
-            with mpmath.workdps(digits):
-                exact = [value(mpmath.mpf(float(t)) * self.r0) for t in rule.nodes]
-                weights = _exact_weights(order, len(rule.nodes))
-                theta = mpmath.mpf(float(rule.nodes[-1])) / mpmath.mpf(float(_grid(len(rule.nodes))[-1]))
-                lam = [
-                    float(sum(mpmath.mpf(w.numerator) / w.denominator * v for w, v in zip(row, exact, strict=True)) / theta**n)
-                    for n, row in enumerate(weights)
-                ]
-            return np.array(lam), rule
-        rule = _best_interval(order, max(self.noise(_EPS) / self.size, 1e-17))
+            rule = _interval(order, 10.0**-digits, f"samples of {digits} digits")
+            value = _exact(self, digits)
+            exact = [value(t, self.r0) for t in rule.nodes]
+            return np.array([float(_dot(row, exact, digits)) for row in rule.weights]), rule
+        if function is None and isinstance(self.A, np.ndarray):
+            rule = _circle(order)
+            half = np.asarray(rule.nodes[: len(rule.nodes) // 2 + 1]) * self.r0
+            chunk = max(1, 2**22 // sum(self.A.shape) ** 2)
+            above = np.concatenate([self.branch(half[i : i + chunk]) for i in range(0, len(half), chunk)])
+            values = np.concatenate([above, above[-2:0:-1].conj()])  # sigma(conj x) = conj sigma(x)
+            return (np.asarray(rule.weights) @ values).real, rule
         sample = self.value if function is None else function
-        return rule.weights @ np.array([sample(float(t) * self.r0) for t in rule.nodes]), rule
+        rule = _interval(order, _EPS, "samples" if function is None else "samples of the function")
+        values = np.array([sample(float(t) * self.r0) for t in rule.nodes])
+        return np.array([[float(w) for w in row] for row in rule.weights]) @ values, rule
 
 
-def _name_of(digits: int | None) -> str:
-    return f"samples of {digits} digits" if digits else "samples"
+def _exact(problem: _Problem, digits: int) -> Callable[[Any, float], Any]:
+    """Mean of the group at t r0, by mpmath; t a float or a fraction, taken exactly."""
+    try:
+        import mpmath
+    except ImportError as error:
+        raise ImportError("digits=... needs mpmath; install it with: pip install mpmath") from error
+    if not isinstance(problem.A, np.ndarray):
+        raise TypeError("expected a dense matrix where digits are given, got an operator")
+    terms = [mpmath.matrix(X.tolist()) for X in (problem.A, *problem.family)]
+    complex_ = any(np.iscomplexobj(X) for X in (problem.A, *problem.family))
+
+    def value(t: Any, r0: float) -> Any:
+        with mpmath.workdps(digits):
+            t = Fraction(t)
+            x = mpmath.mpf(t.numerator) / t.denominator * r0
+            total = terms[0]
+            for j, A_j in enumerate(terms[1:], start=1):
+                total = total + x**j * A_j
+            values = (mpmath.svd_c if complex_ else mpmath.svd_r)(total, compute_uv=False)
+            return sum(values[i] for i in problem.group) / len(problem.group)
+
+    return value
+
+
+def _dot(weights: Sequence[Fraction], values: list[Any], digits: int) -> Any:
+    import mpmath
+
+    with mpmath.workdps(digits + 10):
+        return mpmath.fsum(mpmath.mpf(w.numerator) / w.denominator * v for w, v in zip(weights, values, strict=True))
+
+
+@lru_cache(maxsize=32)
+def _circle(order: int) -> _Rule:
+    """Cauchy's integral by the trapezoidal rule on rho = N / (N + 1), the best radius for the last coefficient.
+
+    The M-th roots of unity cut off lam_(n + jM), j >= 1. A backward error of T(x) moves its eigenvalue by
+    ||eigenprojection|| <= 1 / (1 - rho) times itself.
+    """
+    rho = order / (order + 1) if order else 0.5
+    M = 2 * math.ceil(20 / -math.log(rho))
+    roots = np.exp(2j * np.pi * np.arange(M) / M)
+    weights = [(rho * roots) ** -n / M for n in range(order + 1)]
+    cut = rho**M / (1 - rho**M)
+    amplification = [rho**-n / (1 - rho) for n in range(order + 1)]
+    return _Rule("samples on a circle", list(rho * roots), weights, amplification, [cut] * (order + 1))
+
+
+@lru_cache(maxsize=64)
+def _interval(order: int, eps: float, name: str) -> _Rule:
+    """Interpolation in Chebyshev points of [-theta, theta], theta and their number the best for that precision."""
+    candidates = [
+        _interpolation(order, count, Fraction(theta), name)
+        for count in range(order + 5, order + 38, 4)
+        for theta in (0.75, 0.5, 0.25, 0.125, 2.0**-5, 2.0**-7)
+    ]
+    return min(candidates, key=lambda rule: rule.truncation[order] + 1e3 * eps * rule.amplification[order])
+
+
+def _interpolation(order: int, count: int, theta: Fraction, name: str) -> _Rule:
+    points, exact = _lagrange(order, count)
+    xi = np.array([float(p) for p in points])
+    W = np.array([[float(w) for w in row] for row in exact])
+    beyond = np.arange(count, count + 100)
+    moments = np.abs(W @ xi[:, None] ** beyond)  # what the rule makes of the terms it cuts off
+    tail = np.abs(W).sum(axis=1)
+    t = float(theta)
+    cut = [
+        float(moments[n] @ t ** (beyond - n) + tail[n] * t ** (beyond[-1] + 1 - n) / (1 - t)) for n in range(order + 1)
+    ]
+    weights = [[w / theta**n for w in row] for n, row in enumerate(exact)]
+    return _Rule(name, [theta * p for p in points], weights, [float(a * t**-n) for n, a in enumerate(tail)], cut)
+
+
+@lru_cache(maxsize=64)
+def _lagrange(order: int, count: int) -> tuple[list[Fraction], list[list[Fraction]]]:
+    """Chebyshev points as fractions; Taylor coefficients 0 ... N of their Lagrange polynomials, exactly."""
+    Q = 2**20
+    p = [round(Q * math.cos(math.pi * (2 * i + 1) / (2 * count))) for i in range(count)]
+    rows: list[list[Fraction]] = [[] for _ in range(order + 1)]
+    for i in range(count):
+        polynomial = [1] + [0] * order
+        for q in p[:i] + p[i + 1 :]:
+            polynomial = [(polynomial[n - 1] if n else 0) - q * polynomial[n] for n in range(order + 1)]
+        scale = math.prod(p[i] - q for q in p[:i] + p[i + 1 :])
+        for n in range(order + 1):
+            rows[n].append(Fraction(polynomial[n] * Q**n, scale))
+    return [Fraction(q, Q) for q in p], rows
+
+
+def _isolation(s: np.ndarray, group: Sequence[int], shape: tuple[int, ...]) -> float:
+    """Isolation distance d (theory 1.9); where only the largest values are known, zero is taken to be one too."""
+    low, high = max(group), min(group)
+    known = len(s) == min(shape)
+    zero = not known or shape[0] != shape[1] or s[-1] <= 10 * max(shape) * _EPS * s[0]
+    near = [s[high - 1] - s[high]] if high > 0 else []
+    near += [s[low] - s[low + 1]] if low + 1 < len(s) else []
+    return float(min([*near, s[low] if zero else 2 * s[low]]))
+
+
+def _radius(d: float, norms: list[float]) -> float:
+    """The root of sum_j a_j r^j = d / 2 (theory 1.9); one if the family is constant, so that there is a unit."""
+    roots = [(d / (2 * a)) ** (1 / j) for j, a in enumerate(norms, start=1) if a > 0]
+    if len(roots) < 2:
+        return roots[0] if roots else 1.0
+    from scipy.optimize import brentq
+
+    top = min(roots)
+    return top * float(
+        brentq(lambda t: sum(a * (top * t) ** j for j, a in enumerate(norms, start=1)) / (d / 2) - 1, 0.0, 1.0)
+    )
+
+
+def _singular_values(A: Any, count: int) -> np.ndarray:
+    """All singular values of an array, the largest `count` of an operator, in descending order."""
+    if isinstance(A, np.ndarray):
+        return np.linalg.svd(A, compute_uv=False)
+    from scipy.sparse.linalg import svds
+
+    start = np.random.default_rng(0).standard_normal(min(A.shape))
+    return np.sort(svds(A, k=count, v0=start, return_singular_vectors=False))[::-1]
+
+
+# --- arrays of any library --------------------------------------------------------------------------------------------
+
+
+def _numpy(x: Any) -> np.ndarray:
+    """A NumPy array from one of any library or device."""
+    if hasattr(x, "detach"):  # torch
+        x = x.detach().cpu().resolve_conj()
+        x = x.float() if "bfloat16" in str(x.dtype) else x
+    elif hasattr(x, "get") and hasattr(x, "device"):  # CuPy
+        x = x.get()
+    array = np.asarray(x)
+    if "bfloat16" in str(array.dtype):
+        array = array.astype(np.float32)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(f"expected an array of numbers, got {type(x).__name__}")
+    return array
+
+
+def _eps(x: np.ndarray) -> float:
+    """Unit of rounding of what was computed; of float64 for integers."""
+    return float(np.finfo(x.dtype).eps) if x.dtype.kind in "fc" else _EPS
+
+
+def _is_sequence(coefficients: Any) -> bool:
+    """Whether this is a sequence of matrices, not one matrix (nested lists of numbers are one)."""
+    if not isinstance(coefficients, list | tuple) or not coefficients:
+        return False
+    first = coefficients[0]
+    return (first.ndim if hasattr(first, "ndim") else np.ndim(first)) >= 2
+
+
+def _matrices(A: Any, coefficients: Any) -> list[tuple[tuple[int, ...], Any, list[Any]]]:
+    """Index, matrix and family of each matrix of the stack, in float64; operators stay what they are if large."""
+    family = list(coefficients) if _is_sequence(coefficients) else [coefficients]
+    if any(hasattr(X, "matvec") or hasattr(X, "tocsr") for X in (A, *family)):
+        from scipy.sparse.linalg import aslinearoperator
+
+        operators = [aslinearoperator(X if hasattr(X, "shape") else np.asarray(X)) for X in (A, *family)]
+        if sum(operators[0].shape) <= _DENSE_LIMIT:
+            operators = [_double(X @ np.eye(X.shape[1])) for X in operators]
+        return [((), operators[0], operators[1:])]
+    arrays = [_double(_numpy(X)) for X in (A, *family)]
+    lead = np.broadcast_shapes(*(X.shape[:-2] for X in arrays))
+    arrays = [np.broadcast_to(X, (*lead, *X.shape[-2:])) for X in arrays]
+    return [(i, arrays[0][i], [X[i] for X in arrays[1:]]) for i in np.ndindex(*lead)]
+
+
+def _double(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.complex128 if x.dtype.kind == "c" else np.float64)
+
+
+def _is_several(k: Any) -> bool:
+    return not isinstance(k, tuple) and np.ndim(k) > 0
+
+
+def _groups(k: Any) -> list[tuple[int, ...]]:
+    """The group of indices behind each series."""
+    return [(int(i),) for i in k] if _is_several(k) else [k if isinstance(k, tuple) else (int(k),)]
+
+
+# --- random matrices --------------------------------------------------------------------------------------------------
+
+
+class MatrixWithSpectrum(NamedTuple):
+    """A matrix and the singular values it was made from; unpacks as ``A, s``.
+
+    The singular values of A itself differ from them by the rounding of the product, at most
+    10 max(m, n) eps s_1 with the eps of its dtype.
+    """
+
+    A: np.ndarray
+    singular_values: np.ndarray
+
+    def isolation(self, k: int) -> float:
+        """Isolation distance d of value k (theory 1.9); zero for ties and zeros."""
+        return _isolation(self.singular_values, (k,), self.A.shape)
+
+    def isolated(self, relative: float = 1e-3) -> list[int]:
+        """Indices of the values whose isolation distance is at least `relative` times the largest value."""
+        s = self.singular_values
+        return [k for k in range(len(s)) if self.isolation(k) >= relative * s[0]]
+
+
+def matrices_with_spectrum(
+    *,
+    shape: tuple[int, int] | None = None,
+    max_side: int = 6,
+    kinds: Sequence[Kind] = ("separated", "close", "tied", "graded", "deficient"),
+    dtypes: Sequence[Any] = (np.float64, np.complex128),
+    smallest_gap: float = 2.0**-30,
+) -> SearchStrategy[MatrixWithSpectrum]:
+    r"""Hypothesis strategy of matrices U diag(s) V^* with prescribed singular values s.
+
+    The values are steps of 1/8 (between 1/2 and 2), in descending order, changed as the kind says:
+
+    * "separated": nothing; every value is isolated by at least 1/2;
+    * "close": two neighbours differ by a drawn power of two, from 1/4 down to `smallest_gap`;
+    * "tied": two or more neighbours are equal;
+    * "graded": value i is divided by g^i, g = 2 ... 64;
+    * "deficient": the last values are zero.
+
+    The orthogonal factors come from a drawn seed, 0 being the identity: examples shrink to small diagonal matrices
+    with values at steps of 1/2.
+
+    Parameters
+    ----------
+    shape : (int, int), optional
+        Shape (m, n); drawn from 1 ... `max_side` otherwise.
+    max_side : int
+        Largest side.
+    kinds : sequence of str
+        Kinds to draw from, the simplest first; matrices with one singular value are "separated" always.
+    dtypes : sequence of dtypes
+        Real and complex floating dtypes to draw from, the simplest first.
+    smallest_gap : float
+        Of a close pair.
+
+    Returns
+    -------
+    SearchStrategy of MatrixWithSpectrum
+        A and its singular values, in descending order, of float64.
+
+    Raises
+    ------
+    ImportError
+        Hypothesis is not installed.
+    ValueError
+        An argument is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from hypothesis import given, settings
+    >>> from specpert.testing import matrices_with_spectrum
+    >>> @settings(max_examples=20, database=None, derandomize=True)
+    ... @given(matrices_with_spectrum(max_side=4))
+    ... def test(example):
+    ...     A, s = example
+    ...     assert np.allclose(np.linalg.svd(A, compute_uv=False), s, atol=1e-13 * s[0])
+    >>> test()
+    """
+    try:
+        from hypothesis import strategies as st
+    except ImportError as error:
+        raise ImportError("matrices_with_spectrum needs Hypothesis; install it with: pip install hypothesis") from error
+    known = Kind.__args__  # type: ignore[attr-defined]
+    if not kinds or set(kinds) - set(known):
+        raise ValueError(f"expected kinds among {known}, got {tuple(kinds)}")
+    if not 0 < smallest_gap <= 0.25:
+        raise ValueError(f"expected 0 < smallest_gap <= 1/4, got {smallest_gap}")
+    if max_side < 1 or (shape is not None and min(shape) < 1):
+        raise ValueError(f"expected at least one row and column, got shape={shape}, max_side={max_side}")
+    sides = st.integers(1, max_side)
+    last = math.floor(-math.log2(smallest_gap))
+
+    @st.composite
+    def draw_matrix(draw: Callable[..., Any]) -> MatrixWithSpectrum:
+        m, n = shape or (draw(sides), draw(sides))
+        r = min(m, n)
+        kind = draw(st.sampled_from(list(kinds))) if r > 1 else "separated"
+        steps = draw(st.lists(st.integers(4, 16), min_size=r, max_size=r))
+        s = np.cumsum(np.array(steps, dtype=float))[::-1] / 8
+        if kind == "close":
+            i = draw(st.integers(0, r - 2))
+            s[: i + 1] += s[i + 1] + 2.0 ** -draw(st.integers(2, last)) - s[i]
+        elif kind == "tied":
+            i = draw(st.integers(0, r - 2))
+            s[i : draw(st.integers(i + 2, r))] = s[i]
+        elif kind == "graded":
+            s = s / float(draw(st.integers(2, 64))) ** np.arange(r)
+        elif kind == "deficient":
+            s[draw(st.integers(1, r - 1)) :] = 0.0
+        dtype = np.dtype(draw(st.sampled_from(list(dtypes))))
+        seed = draw(st.integers(0, 2**32 - 1))
+        U, V = _factors(seed, m, n, dtype.kind == "c")
+        return MatrixWithSpectrum(((U * s) @ V.conj().T).astype(dtype), s.copy())
+
+    return draw_matrix()
+
+
+def _factors(seed: int, m: int, n: int, complex_: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Orthonormal columns (m, r) and (n, r), uniformly distributed; of the identity for seed 0."""
+    r = min(m, n)
+    if seed == 0:
+        return np.eye(m, r), np.eye(n, r)
+    rng = np.random.default_rng(seed)
+    draws = [
+        rng.standard_normal((rows, r)) + (1j * rng.standard_normal((rows, r)) if complex_ else 0) for rows in (m, n)
+    ]
+    U, V = (np.linalg.qr(X)[0] for X in draws)
+    return U, V
