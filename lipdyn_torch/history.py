@@ -6,20 +6,26 @@ every monitored step and layer, and one with layer "network" for the sum over th
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lipdyn_torch.errors import LipdynError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
     *("COLUMNS", "NETWORK", "SPLIT_COLUMNS"),
-    *("History", "JsonLinesSink", "Row", "Sink", "json_ready", "read_history"),
+    *("History", "JsonLinesSink", "ResumeError", "Row", "Sink", "json_ready", "read_history"),
 ]
+
+_LOG = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -32,8 +38,16 @@ COLUMNS = (
 )
 
 
+class ResumeError(LipdynError, ValueError):
+    """A record cannot be continued by this run: it is of another model, or measured otherwise."""
+
+
 class Sink(Protocol):
-    """Receives the rows of every monitored step at once."""
+    """Receives the rows of every monitored step at once.
+
+    A run that is resumed from a checkpoint repeats the steps after it. Sinks that keep a record therefore take
+    the first step they are given as the truth, and drop what they hold of that step and of later ones.
+    """
 
     def start(self, meta: dict[str, Any]) -> None:
         """Learn how the rows will be made (`History.meta`)."""
@@ -91,6 +105,38 @@ class History:
         """Names of the monitored layers, without the network."""
         return [name for name in dict.fromkeys(row["layer"] for row in self.rows) if name != NETWORK]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as plain containers of numbers and strings: fit for ``torch.save`` and ``weights_only``.
+
+        Examples
+        --------
+        >>> history = History([{"step": 0, "layer": "network", "z": 1.5}], {"layers": ["fc"]})
+        >>> twin = History(meta={"layers": ["fc"]})
+        >>> twin.load_state_dict(history.state_dict())
+        >>> twin.rows == history.rows
+        True
+        """
+        return {"version": 1, "rows": [dict(row) for row in self.rows], "meta": dict(self.meta)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the rows of an earlier run of the same model in place of those held now.
+
+        The meta of this run is kept where the two differ in schedule or optimiser.
+
+        Raises
+        ------
+        ResumeError
+            The rows are of other layers, or their noise or convolutions were read otherwise.
+        """
+        if not isinstance(state, dict) or not {"version", "rows", "meta"} <= state.keys():
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ResumeError(f"expected the state_dict of a History, got {got}; pass what history.state_dict() gave")
+        if state["version"] != 1:
+            raise ResumeError(f"expected version 1 of the state, got {state['version']!r}; update lipdyn_torch")
+        _check_same_run(state["meta"], self.meta, "the state")
+        self.rows = [dict(row) for row in state["rows"]]
+        self.meta = {**state["meta"], **self.meta}
+
     def to_pandas(self) -> pd.DataFrame:
         """One line per row, columns in the order of `COLUMNS`; ``attrs`` holds `meta`."""
         import pandas as pd
@@ -107,13 +153,29 @@ class History:
 class JsonLinesSink:
     r"""Writes rows as strict JSON, one a line, the first line holding `History.meta`; NaN becomes null.
 
-    Every step reaches the operating system as a single flushed write, so a crash loses at most the step
+    Every step reaches the operating system as a single write, so a crash of the process loses at most the step
     being written.
 
     Parameters
     ----------
     path : str or Path
-        Must not exist yet.
+        Must not exist yet, unless ``resume`` is on.
+    resume : bool
+        Continue the file if it is there. What cannot stay is moved to a side file, ``<name>.aside-1`` and so on,
+        never deleted: a step torn by a crash, at once; steps that this run repeats, with its first row.
+
+    Attributes
+    ----------
+    path : Path
+    set_aside : list of Path
+        The side files made by this sink, each holding the removed lines as they were; the log names them too.
+
+    Raises
+    ------
+    FileExistsError
+        The file exists and ``resume`` is off.
+    ResumeError
+        The file cannot be continued: damaged before its end, or (with the first rows) of another model.
 
     Examples
     --------
@@ -122,20 +184,38 @@ class JsonLinesSink:
     ...     sink = JsonLinesSink(Path(folder) / "history.jsonl")
     ...     sink.write([{"step": 0, "layer": "network", "z": float("nan")}])
     ...     sink.close()
-    ...     Path(sink.path).read_text()
+    ...     sink.path.read_text()
     '{"step": 0, "layer": "network", "z": null}\n'
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool = False) -> None:
         self.path = Path(path)
-        self._file: IO[str] = self.path.open("x", encoding="utf-8")
+        self.set_aside: list[Path] = []
+        self._meta: dict[str, Any] | None = None
+        self._resumed = resume and self.path.exists()
+        if self._resumed:
+            self._cut(_whole_steps(self.path))
+        self._file = self.path.open("ab" if self._resumed else "xb", buffering=0)
 
     def start(self, meta: dict[str, Any]) -> None:
-        """Write the line that says how the rows are made."""
-        self._put([{"meta": meta}])
+        """Write the line that says how the rows are made; on resuming, check that they are made likewise."""
+        self._meta = json_ready(meta)
+        if not self._resumed:
+            self._put([{"meta": meta}])
+            return
+        try:
+            _check_same_run(read_history(self.path).meta, self._meta or {}, str(self.path))
+        except ResumeError:
+            self.close()
+            raise
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Write and flush the rows of one step."""
+        """Write the rows of one step."""
+        if self._resumed and rows:
+            self._resumed = False
+            self._cut(_offset_of_step(self.path, rows[0]["step"]))
+            if self._meta is not None and self._meta != read_history(self.path).meta:
+                self._put([{"meta": self._meta}])
         self._put(rows)
 
     def close(self) -> None:
@@ -144,8 +224,25 @@ class JsonLinesSink:
 
     def _put(self, rows: Sequence[Row]) -> None:
         lines = [json.dumps(json_ready(row), allow_nan=False) for row in rows]
-        self._file.write("".join(line + "\n" for line in lines))
-        self._file.flush()
+        data = memoryview("".join(line + "\n" for line in lines).encode())
+        while data:  # an unbuffered file may take less than it is given
+            data = data[self._file.write(data) :]
+
+    def _cut(self, size: int) -> None:
+        """Shorten the file to ``size`` bytes; the rest is safe in a side file first."""
+        with self.path.open("rb+") as file:
+            file.seek(size)
+            rest = file.read()
+            if not rest:
+                return
+            aside = next(p for n in itertools.count(1) if not (p := Path(f"{self.path}.aside-{n}")).exists())
+            with aside.open("xb") as copy:
+                copy.write(rest)
+                copy.flush()
+                os.fsync(copy.fileno())
+            file.truncate(size)
+        self.set_aside.append(aside)
+        _LOG.warning("%s: %d bytes of torn or repeated steps set aside in %s", self.path, len(rest), aside)
 
 
 def read_history(path: str | os.PathLike[str]) -> History:
@@ -153,8 +250,8 @@ def read_history(path: str | os.PathLike[str]) -> History:
 
     Raises
     ------
-    ValueError
-        A line other than the last is not JSON.
+    ResumeError
+        A line other than the last is not a JSON object.
 
     Examples
     --------
@@ -166,22 +263,57 @@ def read_history(path: str | os.PathLike[str]) -> History:
     [{'step': 0, 'layer': 'fc', 'mu': nan}]
     """
     history = History()
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    for _, record in _records(Path(path)):
+        if "meta" in record:
+            history.meta.update(record["meta"])
+        else:
+            history.rows.append({key: math.nan if value is None else value for key, value in record.items()})
+    return history
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each whole line as ``(offset of its end, object)``; ends before a torn last line."""
+    end = 0
+    lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise ValueError(
-                f"expected one JSON object per line in {path}, got {line[:40]!r} in line {number}; "
-                "restore the file or delete that line"
+            record = json.loads(line)
+            if not isinstance(record, dict) or not line.endswith(b"\n"):
+                raise ValueError("not a whole object")
+        except ValueError as error:  # also what is not UTF-8
+            if number == len(lines):
+                return
+            raise ResumeError(
+                f"expected one JSON object per line in {path}, got {line[:40].decode(errors='replace')!r} in line "
+                f"{number}; restore the file or delete that line"
             ) from error
-        if "meta" in row:
-            history.meta.update(row["meta"])
-        else:
-            history.rows.append({key: math.nan if value is None else value for key, value in row.items()})
-    return history
+        end += len(line)
+        yield end, record
+
+
+def _whole_steps(path: Path) -> int:
+    """Where the last whole step ends: a step is written at once and closes with the network's row."""
+    return max((end for end, record in _records(path) if "meta" in record or record["layer"] == NETWORK), default=0)
+
+
+def _offset_of_step(path: Path, step: int) -> int:
+    """Where the first row of ``step`` or of a later one begins; the end of the file if there is none."""
+    before = 0
+    for end, record in _records(path):
+        if "meta" not in record and record["step"] >= step:
+            return before
+        before = end
+    return before
+
+
+def _check_same_run(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
+    """Rows may follow each other only where they mean the same."""
+    for key in ("layers", "noise", "conv"):
+        if key in old and key in new and json_ready(old[key]) != json_ready(new[key]):
+            raise ResumeError(
+                f"expected {what} to have {key} {new[key]!r} as this run, got {old[key]!r}; "
+                "resume with the same model and settings, or start a new record"
+            )
 
 
 def json_ready(value: Any) -> Any:
