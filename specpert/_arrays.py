@@ -99,10 +99,15 @@ def _floating(x: Array, name: str, xp: Namespace) -> Array:
     raise TypeError(f"expected {name} with a dtype among {', '.join(sorted(_FLOATING))} or integers, got {dtype}")
 
 
-def check_matrix(A: Array, name: str, xp: Namespace) -> None:
-    """Raise unless A is a non-empty stack of matrices with finite entries."""
+def check_ndim(A: Array, name: str) -> None:
+    """Raise unless A has at least two axes."""
     if A.ndim < 2:
         raise ValueError(f"expected {name} to be a matrix (m, n) or a stack (..., m, n), got shape {tuple(A.shape)}")
+
+
+def check_matrix(A: Array, name: str, xp: Namespace) -> None:
+    """Raise unless A is a non-empty stack of matrices with finite entries."""
+    check_ndim(A, name)
     if 0 in A.shape:
         raise ValueError(f"expected {name} to have at least one row, column and matrix, got shape {tuple(A.shape)}")
     if not bool(xp.all(xp.isfinite(magnitude(A, xp)))):

@@ -176,8 +176,8 @@ def _lanczos(
         w, X = eigsh(operator, k=count, which="LA", v0=start, tol=tolerance, ncv=width, maxiter=500)
     except ArpackNoConvergence as error:
         raise ConvergenceError(
-            f"expected Lanczos to find {count} singular value(s), got {len(error.eigenvalues)} after 500 restarts: they "
-            "lie too close together; use a dense array with method='svd', or a better start vector v0"
+            f"expected Lanczos to find {count} singular value(s), got {len(error.eigenvalues)} after 500 restarts: "
+            "they lie too close together; use a dense array with method='svd', or a better start vector v0"
         ) from error
     order = np.argsort(w)[::-1]
     return w[order], X[:, order]

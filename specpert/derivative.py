@@ -47,11 +47,11 @@ def sigma_derivative(
         Index of the singular value, 0 being the largest. A sequence gives the results for each k, stacked on an axis
         after those of the stack.
     directions : array or sequence of arrays, optional
-        One array H (..., m, n) gives :math:`D^n \\sigma_k[H, \\dots, H]`; a sequence of `order` arrays gives
-        :math:`D^n \\sigma_k[H_1, \\dots, H_n]` (theory 1.6). Without it the dense derivative is made.
+        One array H (..., m, n) gives :math:`D^n \sigma_k[H, \dots, H]`; a sequence of `order` arrays gives
+        :math:`D^n \sigma_k[H_1, \dots, H_n]` (theory 1.6). Without it the dense derivative is made.
     layout : {"tensor", "vec"}
         Of the dense derivative: shape (m, n) * order, or (m n,) * order with column-major vec, in which order 1 is
-        :math:`v \\otimes u` and order 2 the Kronecker form of the Hessian (theory 1.1).
+        :math:`v \otimes u` and order 2 the Kronecker form of the Hessian (theory 1.1).
     gap_tol : float, optional
         Distance to the next singular value, relative to the largest, below which the value counts as tied.
     on_degenerate : {"raise", "cluster"}
@@ -62,7 +62,7 @@ def sigma_derivative(
     array, shape (...) with directions, (..., m, n, m, n, ...) or (..., m n, m n, ...) without
         Of the library and device of A; float16, bfloat16 and float32 are computed in float32, integers in float64.
         For complex A the derivative is a real form: order 1 is the complex gradient :math:`u v^*`, with
-        :math:`D\\sigma[H] = \\mathrm{Re}\\, \\mathrm{tr}((u v^*)^* H)`; from order 2 on the dense derivative is real,
+        :math:`D\sigma[H] = \mathrm{Re}\, \mathrm{tr}((u v^*)^* H)`; from order 2 on the dense derivative is real,
         over the coordinates (Re, Im) of the entries: shape (m, n, 2) * order, or (2 m n,) * order over
         [vec(Re), vec(Im)].
 
@@ -102,8 +102,9 @@ def sigma_derivative(
         return fast[order] * math.factorial(order)
     given = [] if directions is None else _as_directions(directions, order)
     names = ["H"] if len(given) == 1 else [f"H_{i}" for i in range(1, len(given) + 1)]
+    method = "svd" if directions is None and order == 2 else "auto"  # the closed form needs all singular vectors
     try:
-        triplet, given = prepare(A, k, given, names, cluster=False, gap_tol=gap_tol)
+        triplet, given = prepare(A, k, given, names, cluster=False, gap_tol=gap_tol, method=method)
     except DegenerateSingularValueError as error:
         if on_degenerate == "raise" or not isinstance(k, int) or getattr(A, "ndim", 2) > 2:
             raise
@@ -169,7 +170,8 @@ def _dense(triplet: SingularTriplet, order: int, layout: str) -> Array:
         dense = triplet._result(dense)
         dense = ldexp(dense, (1 - order) * triplet._e, xp)
         dense = xp.reshape(dense, _entry_shape(triplet, order) * order)
-    dense = finite(dense, f"derivative of order {order}", xp)
+    if order > 2:  # the Hessian sees to itself, at less cost
+        dense = finite(dense, f"derivative of order {order}", xp)
     return dense if layout == "tensor" else _vec(dense, len(lead), _entry_shape(triplet, order), order, xp)
 
 

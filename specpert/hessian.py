@@ -14,8 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from specpert._arrays import Array, adjoint, array, as_arrays, exponent, eye, is_complex, ldexp, magnitude, real, scalar
-from specpert.triplet import check_direction, prepare
+from specpert._arrays import (
+    Array,
+    adjoint,
+    array,
+    as_arrays,
+    check_matrix,
+    exponent,
+    eye,
+    finite,
+    is_complex,
+    is_numpy,
+    ldexp,
+    magnitude,
+    real,
+    scalar,
+)
+from specpert.triplet import check_shape, prepare
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -80,9 +95,7 @@ class SigmaHessian:
 
     def quadratic(self, G: Any) -> Array:
         """D^2 sigma[G, G] for a matrix or a stack G (..., m, n), with the stack's shape (...)."""
-        G = self._direction(G)
-        u, v = self.triplet.u, self.triplet.v
-        return self.from_projections(_times(G, v), _times(adjoint(G, self._xp), u))
+        return self.from_projections(*self._projections(self._direction(G)))
 
     def from_projections(self, p: Any, q: Any) -> Array:
         """D^2 sigma[G, G] from p = G v (..., m) and q = G^* u (..., n) alone (theory 2.4)."""
@@ -110,9 +123,8 @@ class SigmaHessian:
 
     def product(self, G: Any) -> Array:
         """The matrix H[G] (..., m, n) with <H[G], G'> = D^2 sigma[G, G'] for every G' (real part of the trace)."""
-        xp, G = self._xp, self._direction(G)
-        u, v = self.triplet.u, self.triplet.v
-        p, q = _times(G, v), _times(adjoint(G, xp), u)
+        xp, u, v = self._xp, self.triplet.u, self.triplet.v
+        p, q = self._projections(self._direction(G))
         e = _vector_exponent(p, q, xp)
         p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
         x, y = self.triplet._resolvent()(p[..., None], q[..., None])
@@ -124,8 +136,8 @@ class SigmaHessian:
     def eigenvalues(self) -> Array:
         """Non-zero eigenvalues in descending order, shape (..., m + n - 2) for real A (theory 1.3).
 
-        1 / (sigma - s_i) and 1 / (sigma + s_i) for each i != k, and 1 / sigma |m - n| times; for complex A each twice,
-        and 1 / sigma once more.
+        ``1 / (sigma - s_i)`` and ``1 / (sigma + s_i)`` for each i != k, and ``1 / sigma`` ``|m - n|`` times; for
+        complex A each twice, and ``1 / sigma`` once more.
         """
         xp, k, s = self._xp, self.triplet.k, self._s
         others = [i for i in range(s.shape[-1]) if i != k]
@@ -194,8 +206,35 @@ class SigmaHessian:
 
     def _direction(self, G: Any) -> Array:
         _, (_, G) = as_arrays(self._U, G, names=["A", "G"])
-        check_direction(G, "G", self.triplet.shape, self._xp)
+        check_shape(G, "G", self.triplet.shape)
         return G
+
+    def _projections(self, G: Array) -> tuple[Array, Array]:
+        """G v (..., m) and G^* u (..., n); they show NaN and inf in G, so that no pass over G is spent on that."""
+        xp, u, v = self._xp, self.triplet.u, self.triplet.v
+        if is_numpy(G) and G.ndim > 2 and u.ndim == 1:
+            p, q = _blocked_projections(G, u, v)
+        else:
+            p, q = _times(G, v), _times(adjoint(G, xp), u)
+        if not bool(xp.all(xp.isfinite(xp.sum(p, axis=-1))) and xp.all(xp.isfinite(xp.sum(q, axis=-1)))):
+            check_matrix(G, "G", xp)
+        return p, q
+
+
+def _blocked_projections(G: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both products in one pass over memory: a block of rows is still in the cache when it is used again."""
+    m, n = G.shape[-2:]
+    flat = G.reshape(-1, m, n)
+    p = np.empty((len(flat), m), np.result_type(G, v))
+    q = np.zeros((len(flat), n), p.dtype)
+    rows = max(1, 2**18 // n)
+    uc = u.conj()
+    for i, Gi in enumerate(flat):
+        for start in range(0, m, rows):
+            block = slice(start, start + rows)
+            np.matmul(Gi[block], v, out=p[i, block])
+            q[i] += uc[block] @ Gi[block]
+    return p.reshape(G.shape[:-1]), q.conj().reshape(*G.shape[:-2], n)
 
 
 def dense_hessian(hessian: SigmaHessian) -> Array:
@@ -208,9 +247,14 @@ def dense_hessian(hessian: SigmaHessian) -> Array:
         left = L[..., :, :, None] * v[..., None, None, :] + u[..., None, :, None] * C[..., :, None, :]
         Ct = xp.matrix_transpose(C)
         right = u[..., None, :, None] * R[..., :, None, :] + Ct[..., :, :, None] * v[..., None, None, :]
-        dense = v[..., None, :, None, None] * left[..., :, None, :, :]
-        dense += u[..., :, None, None, None] * right[..., None, :, :, :]
-        return ldexp(dense, -triplet._e[..., None, None, None, None], xp)
+        scaled = [ldexp(x, -triplet._e[..., None, None, None], xp) for x in (left, right)]
+        left, right = (finite(x, "Hessian", xp) for x in scaled)
+        if is_numpy(left) and left.ndim == 3:
+            return _filled(u, v, left, right)
+        return (
+            v[..., None, :, None, None] * left[..., :, None, :, :]
+            + u[..., :, None, None, None] * right[..., None, :, :, :]
+        )
     uc, vc = xp.conj(u), xp.conj(v)
     # pairings of c E_pq with c' E_p'q': coefficients conj(c) c', c conj(c') and conj(c c')
     one = vc[..., None, :, None, None] * v[..., None, None, None, :] * L[..., :, None, :, None]
@@ -226,7 +270,16 @@ def dense_hessian(hessian: SigmaHessian) -> Array:
             row.append(xp.real(one * (cc * d) + two * (c * dd) + both * (cc * dd)))
         rows.append(xp.stack(row, axis=-1))  # (..., m, n, m, n, 2)
     dense = xp.stack(rows, axis=-4)  # (..., m, n, 2, m, n, 2)
-    return ldexp(dense, -triplet._e[..., None, None, None, None, None, None], xp)
+    return finite(ldexp(dense, -triplet._e[..., None, None, None, None, None, None], xp), "Hessian", xp)
+
+
+def _filled(u: np.ndarray, v: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """H[p, q] = v_q left_p + u_p right_q, one p after the other: what is added still fits in the cache."""
+    dense = np.empty((len(u), len(v), *left.shape[1:]), left.dtype)
+    for p in range(len(u)):
+        np.multiply.outer(v, left[p], out=dense[p])
+        dense[p] += u[p] * right
+    return dense
 
 
 def _square(x: Array, xp: Any) -> Array:

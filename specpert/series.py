@@ -80,7 +80,7 @@ class SigmaSeries:
         return self._certificate.radius()
 
     def remainder(self, x: Any) -> Array:
-        """Bound of |sigma(A(x)) - series(x)|; infinite for |x| >= radius (theory 1.9)."""
+        """Bound of ``|sigma(A(x)) - series(x)|``; infinite outside the radius (theory 1.9)."""
         return self._certificate.remainder(x, self.order)
 
     def __call__(self, x: Any) -> Array:
@@ -138,7 +138,7 @@ class ClusterSeries:
         return self._certificate.radius()
 
     def remainder(self, x: Any) -> Array:
-        """Bound of the error of the partial sum of the mean at x; infinite for |x| >= radius."""
+        """Bound of the error of the partial sum of the mean at x; infinite outside the radius."""
         return self._certificate.remainder(x, self.order)
 
     def values(self, x: float) -> Array:

@@ -22,6 +22,7 @@ from specpert._arrays import (
     array,
     as_arrays,
     check_matrix,
+    check_ndim,
     eps,
     exponent,
     eye,
@@ -244,7 +245,13 @@ def prepare(
 
 def check_direction(H: Array, name: str, shape: tuple[int, ...], xp: Namespace) -> None:
     """Raise unless H is finite and of the shape of A, or a stack that broadcasts with A's."""
+    check_shape(H, name, shape)
     check_matrix(H, name, xp)
+
+
+def check_shape(H: Array, name: str, shape: tuple[int, ...]) -> None:
+    """Raise unless H is of the shape of A, or a stack that broadcasts with A's."""
+    check_ndim(H, name)
     if tuple(H.shape[-2:]) != tuple(shape[-2:]):
         raise ValueError(f"expected {name} of shape (..., {shape[-2]}, {shape[-1]}) like A, got {tuple(H.shape)}")
     try:

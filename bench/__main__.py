@@ -1,0 +1,26 @@
+"""Command line: `python -m bench [TITLE ...]` runs all tables, or those named."""
+
+from __future__ import annotations
+
+import argparse
+
+from bench import against_autograd, against_lapack
+from bench.harness import run
+
+TABLES = {"against_lapack": against_lapack.jobs, "against_autograd": against_autograd.jobs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="measure side by side, in ratios")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; default all")
+    arguments = parser.parse_args()
+    unknown = set(arguments.tables) - set(TABLES)
+    if unknown:
+        parser.error(f"expected tables among {', '.join(TABLES)}, got {', '.join(sorted(unknown))}")
+    for name in arguments.tables or TABLES:
+        print(f"\n## {name}\n")
+        run(name, TABLES[name](), command=f"python -m bench {name}")
+
+
+if __name__ == "__main__":
+    main()

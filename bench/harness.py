@@ -1,0 +1,104 @@
+"""Interleaved timing: the functions of a row run in turn, so that a change of the machine's speed touches all alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: the median of the ratio ours / theirs over the rounds, against what was promised."""
+
+    name: str
+    ratio: float
+    low: float
+    high: float
+    ours_ms: float
+    theirs_ms: float
+    limit: float | None
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.limit is None:
+            return ""
+        return "met" if self.ratio <= self.limit else "not met"
+
+
+def compare(
+    name: str, ours: Callable, theirs: Callable, *, limit: float | None = None, seconds: float = 4.0, note: str = ""
+) -> Row:
+    """Time the two in turn for about so many seconds, after a warm-up of both."""
+    for _ in range(2):
+        ours(), theirs()
+    once = _time(ours, 1) + _time(theirs, 1)
+    inner = max(1, int(2e-3 / once))
+    rounds = int(np.clip(seconds / (inner * once), 5, 200))
+    pairs = [(_time(ours, inner), _time(theirs, inner)) for _ in range(rounds)]
+    ratios = sorted(a / b for a, b in pairs)
+    ours_ms, theirs_ms = (1e3 * statistics.median(x) / inner for x in zip(*pairs, strict=True))
+    quarter = len(ratios) // 4
+    return Row(name, statistics.median(ratios), ratios[quarter], ratios[-1 - quarter], ours_ms, theirs_ms, limit, note)
+
+
+def _time(function: Callable, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return time.perf_counter() - start
+
+
+def machine() -> dict:
+    """What the numbers were measured on."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x), model)
+    versions = {m: sys.modules[m].__version__ for m in ("numpy", "scipy", "numba", "torch", "jax") if m in sys.modules}
+    threads = {k: v for k, v in os.environ.items() if k.endswith("_NUM_THREADS")}
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "versions": versions,
+        "threads": threads,
+    }
+
+
+def run(title: str, jobs: list[Callable[[], Row]], command: str) -> list[Row]:
+    """Run the jobs with a progress bar, print the table, keep it as bench/results/<title>.json."""
+    rows = [job() for job in tqdm(jobs, desc=title, unit="row", leave=False)]
+    RESULTS.mkdir(exist_ok=True)
+    record = {"command": command, "machine": machine(), "rows": [asdict(r) | {"verdict": r.verdict} for r in rows]}
+    (RESULTS / f"{title}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(table(rows))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| work | ratio (quartiles) | at most | | ours, ms | theirs, ms | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        limit = "" if r.limit is None else f"{r.limit:g}"
+        spread = f"{r.ratio:.3g} ({r.low:.3g} to {r.high:.3g})"
+        lines.append(
+            f"| {r.name} | {spread} | {limit} | {r.verdict} | {r.ours_ms:.3g} | {r.theirs_ms:.3g} | {r.note} |"
+        )
+    return "\n".join(lines)
