@@ -64,6 +64,10 @@ FUNCTIONS = {
 }
 COMPILED = ["series", "gradient", "SigmaHessian"]  # again for each dtype
 functions = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+# JAX compiles every operation anew for each shape and dtype, tens of milliseconds each
+compiling = pytest.mark.parametrize(
+    "function", [pytest.param(f, id=i, marks=[pytest.mark.slow] * (i == "third order")) for i, f in FUNCTIONS.items()]
+)
 
 
 @pytest.fixture(name="jax")
@@ -83,7 +87,7 @@ def jax_and_single(request, jax):
         yield jax, not request.param
 
 
-@functions
+@compiling
 def test_jax_gives_the_same_as_numpy(jax, function):
     with jax.enable_x64(True):
         compare(jax, function, *REAL, single=False)
@@ -95,6 +99,7 @@ def test_jax_in_single_precision(jax, name):
         compare(jax, FUNCTIONS[name], *REAL, single=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_complex_jax_gives_the_same_as_numpy(jax, name):
     with jax.enable_x64(True):
@@ -139,6 +144,7 @@ def test_remainder_of_jax(jax_and_single):
     assert expected < found < 1e-3 if single else float(found) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_stacks_of_jax(jax):
     stack = np.random.default_rng(1).standard_normal((3, 4, 6))
     with jax.enable_x64(True):
@@ -157,6 +163,7 @@ def test_errors_are_those_of_numpy(jax_and_single):
         sigma_series(A, REAL[1], 2)
 
 
+@pytest.mark.slow
 def test_dense_derivative_of_a_tie_in_single_precision(jax):
     with jax.enable_x64(False):
         A = jax.numpy.diag(jax.numpy.asarray([2.0, 2.0, 1.0]))
@@ -232,7 +239,7 @@ def test_the_watch_on_torch_sees():
         assert max(sizes) == 6
 
 
-@functions
+@compiling
 def test_jax_arrays_stay_on_their_device(jax, function):
     """JAX's transfer guard lets everything pass on a CPU, so the reads themselves are watched."""
     with jax.enable_x64(True):
