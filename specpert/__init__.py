@@ -1,7 +1,9 @@
 """Derivatives of any order of singular values of real and complex rectangular matrices, with certificates."""
 
+from specpert.certificate import Enclosure, kato_temple
 from specpert.derivative import sigma_derivative, sigma_gradient, sigma_hessian
 from specpert.hessian import SigmaHessian
+from specpert.onesided import OneSided, isolating_cluster, one_sided_derivatives
 from specpert.result import (
     ConvergenceError,
     DegenerateSingularValueError,
@@ -19,13 +21,18 @@ __all__ = [
     "ConvergenceError",
     "DegenerateSingularValueError",
     "DenseSizeError",
+    "Enclosure",
     "NonFiniteError",
+    "OneSided",
     "SigmaHessian",
     "SigmaSeries",
     "SingularTriplet",
     "SpecpertError",
     "Status",
     "ZeroSingularValueError",
+    "isolating_cluster",
+    "kato_temple",
+    "one_sided_derivatives",
     "sigma_derivative",
     "sigma_gradient",
     "sigma_hessian",

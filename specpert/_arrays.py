@@ -95,7 +95,8 @@ def _floating(x: Array, name: str, xp: Namespace) -> Array:
     if dtype in _FLOATING:
         return xp.astype(x, getattr(xp, _WORKING[dtype])) if dtype in _WORKING else x
     if dtype == "bool" or dtype.startswith(("int", "uint")):
-        return xp.astype(x, xp.float64)
+        # JAX without x64 has no float64; its default is the widest it has
+        return xp.astype(x, xp.asarray(0.0).dtype if array_api_compat.is_jax_namespace(xp) else xp.float64)
     raise TypeError(f"expected {name} with a dtype among {', '.join(sorted(_FLOATING))} or integers, got {dtype}")
 
 

@@ -11,11 +11,21 @@ effective matrices; lam_n (..., c) their diagonals; <w, w'> = (P^* P' + Q^* Q') 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from specpert._arrays import Array, Namespace, adjoint, real
+from specpert._operators import Operator
 from specpert._resolvent import Resolvent
 
 Coefficient = tuple[Callable[[Array], Array], Callable[[Array], Array]]  # products with A_j and with A_j^*
+
+
+def products(A_j: Any, xp: Namespace) -> Coefficient:
+    """Products with A_j and with its adjoint."""
+    if isinstance(A_j, Operator):
+        return A_j.apply, A_j.apply_adjoint
+    adjoint_j = adjoint(A_j, xp)
+    return lambda Q: A_j @ Q, lambda P: adjoint_j @ P
 
 
 class Vectors:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from specpert._arrays import Array, adjoint, array, dtype_name, eye, finite, is_complex, ldexp, scalar
+from specpert._recursion import products
 from specpert._subsets import dense_tensor, mixed_cluster_mean, mixed_derivative
 from specpert.hessian import SigmaHessian, dense_hessian
 from specpert.result import DegenerateSingularValueError, DenseSizeError
-from specpert.series import ClusterSeries, expand, fast_coefficients, products, scale
+from specpert.series import ClusterSeries, expand, fast_coefficients, scale
 from specpert.triplet import SingularTriplet, prepare
 
 MAX_DENSE_BYTES = 2**31
@@ -208,11 +209,11 @@ def _dense_cluster_mean(triplet: SingularTriplet, order: int) -> Array:
     basis = _basis(triplet, entry)
     B = basis.shape[0]
     multi = list(combinations_with_replacement(range(B), order))
-    directions = [xp.take(basis, array([c[i] for c in multi], basis, xp, dtype=xp.int64), axis=0) for i in range(order)]
+    directions = [xp.take(basis, array([c[i] for c in multi], basis, xp, dtype=xp.int32), axis=0) for i in range(order)]
     values = _mixed(triplet, directions)
     where = {c: i for i, c in enumerate(multi)}
     flat = [where[tuple(sorted(c))] for c in product(range(B), repeat=order)]
-    dense = xp.take(values, array(flat, basis, xp, dtype=xp.int64), axis=0)
+    dense = xp.take(values, array(flat, basis, xp, dtype=xp.int32), axis=0)
     return xp.reshape(dense, entry * order)
 
 

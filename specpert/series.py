@@ -32,7 +32,7 @@ from specpert._arrays import (
     to_precision,
 )
 from specpert._operators import Operator
-from specpert._recursion import Coefficient, Vectors, extend, value_coefficients
+from specpert._recursion import Vectors, extend, products, value_coefficients
 from specpert.certificate import Certificate
 from specpert.result import Status
 from specpert.triplet import SingularTriplet, prepare
@@ -334,14 +334,6 @@ def _exponent(A_j: Any, e: Array, xp: Namespace) -> Array:
 
 def _scaled(A_j: Any, e: Array, xp: Namespace) -> Any:
     return A_j.scaled(float(e)) if isinstance(A_j, Operator) else ldexp(A_j, -e[..., None, None], xp)
-
-
-def products(A_j: Any, xp: Namespace) -> Coefficient:
-    """Products with A_j and with its adjoint."""
-    if isinstance(A_j, Operator):
-        return A_j.apply, A_j.apply_adjoint
-    adjoint_j = adjoint(A_j, xp)
-    return lambda Q: A_j @ Q, lambda P: adjoint_j @ P
 
 
 def _stack(terms: list[Array], e: Array, t: Array, triplet: SingularTriplet) -> Array:

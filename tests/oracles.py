@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mpmath
 import numpy as np
+from hypothesis import strategies as st
 
 DATA = Path(__file__).parent / "data" / "sigma_derivatives.json"
 
@@ -120,3 +121,22 @@ def with_spectrum(rng: np.random.Generator, m: int, n: int, values: list[float],
     """An m x n matrix with the given singular values, the rest zero."""
     r = len(values)
     return orthogonal(rng, m, r, complex_) * np.array(values) @ orthogonal(rng, n, r, complex_).conj().T
+
+
+@st.composite
+def certified_cases(draw):
+    """Matrices of all kinds: close pairs, badly scaled, rank deficient, real and complex, any shape and k."""
+    m, n = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    rank = draw(st.integers(1, min(m, n)))
+    kind = draw(st.sampled_from(["separated", "close", "graded"]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    values = np.cumsum(rng.uniform(0.1, 1.0, rank))[::-1].copy()
+    if kind == "close" and rank > 1:
+        i = int(rng.integers(rank - 1))
+        values[i] = values[i + 1] + 10.0 ** rng.uniform(-9, -2)
+    if kind == "graded":
+        values = values * 10.0 ** -np.linspace(0, rng.uniform(0, 9), rank)
+    complex_ = draw(st.booleans())
+    A = orthogonal(rng, m, rank, complex_) * np.sort(values)[::-1] @ orthogonal(rng, n, rank, complex_).conj().T
+    H = rng.standard_normal((m, n)) + (1j * rng.standard_normal((m, n)) if complex_ else 0)
+    return A, H, int(rng.integers(rank)), draw(st.integers(0, 6)), draw(st.floats(0.01, 0.95))

@@ -6,8 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from oracles import orthogonal, with_spectrum
+from oracles import certified_cases, with_spectrum
 
 from specpert import sigma_series, singular_triplet
 from specpert.certificate import spectral_norm_bound
@@ -68,25 +67,6 @@ def exact_value(A, H, k, x, dps=40):
         M = mpmath.matrix(A.tolist()) + mpmath.mpf(x) * mpmath.matrix(H.tolist())
         svd = mpmath.svd_c if np.iscomplexobj(A) or np.iscomplexobj(H) else mpmath.svd_r
         return svd(M, compute_uv=False)[k]
-
-
-@st.composite
-def certified_cases(draw):
-    """Matrices of all kinds: close pairs, badly scaled, rank deficient, real and complex, any shape and k."""
-    m, n = draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    rank = draw(st.integers(1, min(m, n)))
-    kind = draw(st.sampled_from(["separated", "close", "graded"]))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    values = np.cumsum(rng.uniform(0.1, 1.0, rank))[::-1].copy()
-    if kind == "close" and rank > 1:
-        i = int(rng.integers(rank - 1))
-        values[i] = values[i + 1] + 10.0 ** rng.uniform(-9, -2)
-    if kind == "graded":
-        values = values * 10.0 ** -np.linspace(0, rng.uniform(0, 9), rank)
-    complex_ = draw(st.booleans())
-    A = orthogonal(rng, m, rank, complex_) * np.sort(values)[::-1] @ orthogonal(rng, n, rank, complex_).conj().T
-    H = rng.standard_normal((m, n)) + (1j * rng.standard_normal((m, n)) if complex_ else 0)
-    return A, H, int(rng.integers(rank)), draw(st.integers(0, 6)), draw(st.floats(0.01, 0.95))
 
 
 def assert_certified(A, H, k, order, rho, exact):

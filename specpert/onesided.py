@@ -1,0 +1,176 @@
+"""Where a singular value has no derivative of its own: clusters that a step cannot leave, and one-sided derivatives.
+
+Legend: A (m, n); s singular values; h = ||H||_2; eps = 2 h / d with d the distance of the cluster to the rest;
+U_c, V_c singular vectors of a tie; U_0 (m, m - rank), V_0 (n, n - rank) null bases; A^+ pseudo-inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from specpert._arrays import Array, adjoint, as_arrays, check_matrix, eps, exponent, ldexp, magnitude
+from specpert.certificate import spectral_norm_bound
+from specpert.result import SpecpertError
+from specpert.series import sigma_series
+from specpert.triplet import check_direction, check_indices
+
+
+def isolating_cluster(A: Any, H: Any, *, k: int = 0) -> tuple[int, ...]:
+    """The least cluster around sigma_k that the step H cannot mix with the rest: eps < 1/2 (theory 1.8).
+
+    Its block series ``sigma_series(A, H, order, k=cluster)`` converges well beyond x = 1, whatever gaps lie inside.
+
+    Parameters
+    ----------
+    A, H : array, shape (m, n)
+        The matrix and the step.
+    k : int
+        Index of the singular value, 0 being the largest.
+
+    Returns
+    -------
+    tuple of int
+        Consecutive indices, k among them.
+
+    Raises
+    ------
+    SpecpertError
+        The step is so large that the cluster reaches the value zero: nothing is isolated.
+    NonFiniteError, IndexError, TypeError, ValueError
+        An argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from specpert import isolating_cluster
+    >>> isolating_cluster(np.diag([2.001, 2.0, 1.0]), 0.01 * np.ones((3, 3)))
+    (0, 1)
+    """
+    xp, (A, H) = as_arrays(A, H, names=["A", "H"])
+    _check_single(A, xp)
+    check_direction(H, "H", A.shape, xp)
+    index = check_indices(k, min(A.shape))
+    if not isinstance(index, int):
+        raise TypeError(f"expected one index k, got {index}")
+    values = [float(x) for x in xp.linalg.svdvals(A)]
+    margin = 10 * max(A.shape) * eps(A, xp) * values[0]
+    needed = 4 * float(spectral_norm_bound(H, xp)) + margin
+    first = last = index
+    while first > 0 and values[first - 1] - values[first] <= needed:
+        first -= 1
+    while last + 1 < len(values) and values[last] - values[last + 1] <= needed:
+        last += 1
+    zero = A.shape[0] != A.shape[1] or values[-1] <= margin
+    if (values[last] if zero else 2 * values[last]) <= needed:
+        raise SpecpertError(
+            f"expected a step that leaves sigma_{index} apart from zero, got ||H|| = {(needed - margin) / 4:.3e} "
+            f"beside sigma_{last} = {values[last]:.3e}: take smaller steps, or decompose A + H"
+        )
+    return tuple(range(first, last + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class OneSided:
+    """What the sorted values of a tie do along H, for x > 0 (theory 1.8).
+
+    Attributes
+    ----------
+    cluster : tuple of int
+        Indices of the values tied with sigma_k.
+    value : float
+        Their common value at x = 0.
+    derivatives : array, shape (c,)
+        One-sided derivatives at x = 0, in descending order like the values themselves.
+    """
+
+    cluster: tuple[int, ...]
+    value: float
+    derivatives: Array
+    _values: Any = field(repr=False)
+
+    def values(self, x: float) -> Array:
+        """The sorted values at x >= 0, shape (c,), with an error of O(x^3)."""
+        if not x >= 0:
+            raise ValueError(f"expected x >= 0, got {x}; for the other side take the direction -H")
+        return self._values(x)
+
+
+def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None = None) -> OneSided:
+    r"""One-sided derivatives of a repeated or zero singular value along H.
+
+    A repeated value has the eigenvalues of :math:`\mathrm{sym}(U_c^* H V_c)`; a zero one the singular values of
+    :math:`U_0^* H V_0`, to second order those of :math:`U_0^* (H - x H A^+ H) V_0` (theory 1.8). A simple positive
+    value is a tie of one, with its ordinary derivative.
+
+    Parameters
+    ----------
+    A, H : array, shape (m, n)
+        The matrix and the direction.
+    k : int
+        Index of the singular value, 0 being the largest.
+    gap_tol : float, optional
+        Distance, relative to the largest value, below which two values (or a value and zero) count as equal.
+        Default 10 max(m, n) eps.
+
+    Returns
+    -------
+    OneSided
+
+    Raises
+    ------
+    NonFiniteError, IndexError, TypeError, ValueError
+        An argument is not as described.
+
+    Examples
+    --------
+    The values of [[1, x], [x, 1]] are 1 + x and 1 - x; those of a zero matrix are x times those of H:
+
+    >>> import numpy as np
+    >>> from specpert import one_sided_derivatives
+    >>> print(one_sided_derivatives(np.eye(2), np.array([[0.0, 1.0], [1.0, 0.0]])).derivatives)
+    [ 1. -1.]
+    >>> zero = one_sided_derivatives(np.zeros((2, 2)), np.diag([3.0, -4.0]))
+    >>> print(zero.derivatives, zero.values(0.5))
+    [4. 3.] [2.  1.5]
+    """
+    xp, (A, H) = as_arrays(A, H, names=["A", "H"])
+    _check_single(A, xp)
+    check_direction(H, "H", A.shape, xp)
+    index = check_indices(k, min(A.shape))
+    if not isinstance(index, int):
+        raise TypeError(f"expected one index k, got {index}")
+    e = exponent(xp.maximum(magnitude(A, xp), magnitude(H, xp)), xp)
+    A, H = ldexp(A, -e, xp), ldexp(H, -e, xp)
+    U, s, Vh = xp.linalg.svd(A, full_matrices=True)
+    values = [float(x) for x in s]
+    tol = (10 * max(A.shape) * eps(A, xp) if gap_tol is None else gap_tol) * values[0]
+    if values[index] <= tol:
+        rank = sum(x > tol for x in values)
+        U0, V0 = U[:, rank:], adjoint(Vh, xp)[:, rank:]
+        Y, W = U[:, :rank], adjoint(Vh, xp)[:, :rank]
+        left, right = adjoint(U0, xp) @ H @ W, adjoint(Y, xp) @ H @ V0
+        first = adjoint(U0, xp) @ H @ V0
+        second = (left / s[:rank]) @ right  # U_0^* H A^+ H V_0
+
+        def of_zero(x: float) -> Array:
+            return ldexp(x * xp.linalg.svdvals(first - x * second), e, xp)
+
+        return OneSided(tuple(range(rank, len(values))), 0.0, ldexp(xp.linalg.svdvals(first), e, xp), of_zero)
+    low = high = index
+    while low > 0 and values[low - 1] - values[low] <= tol:
+        low -= 1
+    while high + 1 < len(values) and values[high] - values[high + 1] <= tol:
+        high += 1
+    cluster = tuple(range(low, high + 1))
+    series = sigma_series(A, H, 2, k=cluster)
+    first = series.effective_matrices[1, :, :]
+    derivatives = xp.sort(xp.linalg.eigvalsh((first + adjoint(first, xp)) / 2), descending=True)
+    value = float(ldexp(s[index], e, xp))
+    return OneSided(cluster, value, ldexp(derivatives, e, xp), lambda x: ldexp(series.values(x), e, xp))
+
+
+def _check_single(A: Array, xp: Any) -> None:
+    check_matrix(A, "A", xp)
+    if A.ndim > 2:
+        raise ValueError(f"expected one matrix (m, n), got a stack of shape {tuple(A.shape)}")
