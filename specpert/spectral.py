@@ -116,6 +116,8 @@ class SpectralFunction:
 
         Twice differentiable for p >= 2 at every A != 0, for 1 < p < 2 once; in all cases twice where A has full rank.
 
+        Raises ValueError for other p; p = inf is the spectral norm, for which :class:`SigmaHessian` is made.
+
         >>> A = [[3.0, 0.0], [0.0, -4.0]]
         >>> print(SpectralFunction.schatten_norm(2).value(A))
         5.0
