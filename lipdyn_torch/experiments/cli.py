@@ -13,8 +13,12 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 for wrong use."""
+    """Run the command; returns the exit status: 0, 1 where points failed, or 2 for wrong use."""
     options = _parser().parse_args(arguments)
+    return int(options.run(options))
+
+
+def _demo(options: argparse.Namespace) -> int:
     from lipdyn_torch.experiments.demo import FIGURE, HISTORY, DemoConfig, report, run_demo
 
     try:
@@ -36,14 +40,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _reproduce(options: argparse.Namespace) -> int:
+    from lipdyn_torch.experiments.report import markdown
+    from lipdyn_torch.experiments.runner import PointFailedError, ReproduceConfig, reproduce
+
+    try:
+        settings = {key: value for key, value in vars(options).items() if key != "run"}
+        config = ReproduceConfig(**settings)
+        done = reproduce(config)
+    except PointFailedError as error:
+        print(f"lipdyn reproduce: {error}", file=sys.stderr)
+        return 1
+    except (LipdynError, ValueError, OSError) as error:
+        print(f"lipdyn reproduce: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(markdown(job, summary) for job, summary in done))
+    print(f"results  {config.folder}" + ("/report.html" if config.name == "all" else ""))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lipdyn", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    demo = commands.add_parser(
-        "demo",
-        help="train a network on scanned digits and explain its Lipschitz bound",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    _add_demo(
+        commands.add_parser(
+            "demo",
+            help="train a network on scanned digits and explain its Lipschitz bound",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
     )
+    _add_reproduce(
+        commands.add_parser(
+            "reproduce",
+            help="run an experiment of the paper again: figure, rows, and a table that says how well theory holds",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
+    return parser
+
+
+def _add_demo(demo: argparse.ArgumentParser) -> None:
+    demo.set_defaults(run=_demo)
     demo.add_argument("--steps", type=int, default=500, help="optimiser steps")
     demo.add_argument("--batch-size", type=int, default=64, help="samples per step")
     demo.add_argument("--lr", type=float, default=0.02, help="learning rate of SGD")
@@ -51,4 +88,21 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("lipdyn-demo"), help="folder to make for the results")
     demo.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     demo.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
-    return parser
+
+
+def _add_reproduce(command: argparse.ArgumentParser) -> None:
+    from lipdyn_torch.experiments.registry import NAMES
+
+    command.set_defaults(run=_reproduce)
+    command.add_argument("name", help=f"all, or one of {', '.join(NAMES)}")
+    command.add_argument("--preset", default="quick", help="quick (minutes) or paper (its steps, batches, replicates)")
+    command.add_argument("--data", default="digits", help="digits (bundled), mnist, cifar10 or cifar100")
+    command.add_argument("--root", default=None, help="folder with the data files, if they are there already")
+    command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    command.add_argument("--jobs", type=int, default=0, help="points run side by side; 0: one per core")
+    command.add_argument(
+        "--out", type=Path, default=None, help="run folder (default: lipdyn-NAME); continued if it is there"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of everything random")
+    command.add_argument("--scheduler", default=None, metavar="ADDRESS", help="address of a running dask scheduler")
+    command.add_argument("--overwrite", action="store_true", help="start again in a folder that holds another run")

@@ -79,7 +79,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
     RunFolderExistsError
         ``config.out`` exists and ``config.overwrite`` is off.
     """
-    _check_device(config.device)
+    check_device(config.device)
     images = digits()
     if config.batch_size > len(images.train_x):
         raise ValueError(f"expected batch_size up to {len(images.train_x)}, got {config.batch_size}")
@@ -188,7 +188,7 @@ def save(result: DemoResult, config: DemoConfig, folder: Path) -> None:
     (folder / SUMMARY).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
