@@ -126,7 +126,7 @@ def test_parquet_resumed(tmp_path):
     folder = tmp_path / "rows"
     history = train(ParquetSink(folder, rows_per_file=6))  # two steps a file
     (folder / "_tmp-part-000002.parquet").write_bytes(b"torn")
-    with pytest.raises(FileExistsError, match="expected an empty folder, got .*rows; choose another one or resume"):
+    with pytest.raises(FileExistsError, match=r"expected an empty folder, got .*rows; choose another one or resume"):
         ParquetSink(folder)
     sink = ParquetSink(folder, resume=True)
     sink.start(history.meta)
