@@ -3,6 +3,7 @@
 from specpert.certificate import Enclosure, kato_temple
 from specpert.derivative import sigma_derivative, sigma_gradient, sigma_hessian
 from specpert.hessian import SigmaHessian
+from specpert.ito import ItoCoefficients, sigma_ito, spectral_ito
 from specpert.onesided import OneSided, isolating_cluster, one_sided_derivatives
 from specpert.result import (
     ConvergenceError,
@@ -14,6 +15,7 @@ from specpert.result import (
     ZeroSingularValueError,
 )
 from specpert.series import ClusterSeries, SigmaSeries, sigma_series
+from specpert.spectral import SpectralFunction
 from specpert.triplet import SingularTriplet, singular_triplet
 
 __all__ = [
@@ -22,12 +24,14 @@ __all__ = [
     "DegenerateSingularValueError",
     "DenseSizeError",
     "Enclosure",
+    "ItoCoefficients",
     "NonFiniteError",
     "OneSided",
     "SigmaHessian",
     "SigmaSeries",
     "SingularTriplet",
     "SpecpertError",
+    "SpectralFunction",
     "Status",
     "ZeroSingularValueError",
     "isolating_cluster",
@@ -36,8 +40,10 @@ __all__ = [
     "sigma_derivative",
     "sigma_gradient",
     "sigma_hessian",
+    "sigma_ito",
     "sigma_series",
     "singular_triplet",
+    "spectral_ito",
 ]
 
 __version__ = "0.1.0"

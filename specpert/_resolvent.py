@@ -73,17 +73,35 @@ class SmallSideResolvent:
 
     def _solve(self, f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         u, v, sigma = self.u, self.v, self.sigma
-        c = (u.conj().T @ f + v.conj().T @ g) / 2
-        f, g = f - u @ c, g - v @ c
-        x = self.solve(sigma * f + self.apply(g))
+        f, g, r = self._reduce(f, g)
+        x = self.solve(r)
         # the part along u is free in the equation, and fixed by (x, y) being orthogonal to (u, v)
         x = x - u @ (u.conj().T @ x + v.conj().T @ g / (2 * sigma))
         return x, (g + self.apply_adjoint(x)) / sigma
+
+    def _reduce(self, f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(f, g) off the eigenvector (u, v), and the right-hand side of the small equation."""
+        c = (self.u.conj().T @ f + self.v.conj().T @ g) / 2
+        f, g = f - self.u @ c, g - self.v @ c
+        return f, g, self.sigma * f + self.apply(g)
+
+    def quadratic(self, f: np.ndarray, g: np.ndarray) -> np.ndarray:
+        """Re((f, g)^* (x, y)) of each column (c,): (||g||^2 + r^* (sigma^2 I - K)^-1 r) / sigma, on one side only."""
+        if self.mirrored:
+            f, g = g, f
+        f, g, r = self._reduce(f, g)
+        x = self.solve(r)
+        forms = np.sum(_square(g), axis=0) + np.sum(r.real * x.real + r.imag * x.imag, axis=0)
+        return np.asarray(forms / self.sigma)
 
     @property
     def residuals(self) -> list[float]:
         """Residual of each solve so far, as one of the Jordan-Wielandt equation; empty for a factorisation."""
         return [r / self.sigma for r in getattr(self.solve, "residuals", [])]
+
+
+def _square(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x.real**2 + x.imag**2)
 
 
 def gram_solver(K: np.ndarray, u: np.ndarray, sigma: float) -> Callable[[np.ndarray], np.ndarray]:

@@ -10,6 +10,7 @@ direct_i = sigma / (sigma^2 - s_i^2), cross_i = s_i / (sigma^2 - s_i^2); for i =
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,8 @@ from specpert._arrays import (
     real,
     scalar,
 )
-from specpert.triplet import check_shape, prepare
+from specpert._resolvent import SmallSideResolvent
+from specpert.triplet import SingularTriplet, check_shape, prepare
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -75,17 +77,12 @@ class SigmaHessian:
                 f"expected one singular value, k an int, got k = {triplet.k}; take one SigmaHessian for each"
             )
         self.triplet = triplet
-        self._xp = xp = triplet._xp
-        if triplet._svd is None:
-            raise TypeError("expected a triplet with all singular vectors, got one made without; use method='svd'")
-        self._U, s, self._V = triplet._svd
-        self._s, sigma = s, triplet._values
-        at_k = array([i == triplet.k for i in range(s.shape[-1])], s, xp, dtype=xp.bool)
-        difference = xp.where(at_k, xp.ones_like(s), sigma - s)
-        # direct +- cross: the form is sum_i minus_i |a_i + b_i|^2 + plus_i |a_i - b_i|^2, accurate near a close pair
-        self._minus = xp.where(at_k, xp.zeros_like(s), 1 / (2 * difference))
-        self._plus = 1 / (2 * (sigma + s))
-        self._sigma = sigma[..., 0]
+        self._xp = triplet._xp
+        self._resolvent = triplet._resolvent()
+
+    @cached_property
+    def _spectrum(self) -> _Spectrum:
+        return _Spectrum(self.triplet)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,22 +96,21 @@ class SigmaHessian:
 
     def from_projections(self, p: Any, q: Any) -> Array:
         """D^2 sigma[G, G] from p = G v (..., m) and q = G^* u (..., n) alone (theory 2.4)."""
-        xp, (_, p, q) = as_arrays(self._U, p, q, names=["A", "p", "q"])
+        xp, (_, p, q) = as_arrays(self.triplet._P0, p, q, names=["A", "p", "q"])
         m, n = self.triplet.shape[-2:]
         if p.shape[-1:] != (m,) or q.shape[-1:] != (n,) or p.shape[:-1] != q.shape[:-1]:
             raise ValueError(
                 f"expected p (..., {m}) and q (..., {n}) with equal leading axes, "
                 f"got {tuple(p.shape)} and {tuple(q.shape)}"
             )
-        U, V = self._U, self._V
         e = _vector_exponent(p, q, xp)
         p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
-        a, b = _coordinates(U, p, xp), _coordinates(V, q, xp)
-        total = xp.sum(self._minus * _square(a + b, xp) + self._plus * _square(a - b, xp), axis=-1)
-        if m > n:
-            total = total + xp.sum(_square(p - _times(U, a), xp), axis=-1) / self._sigma
-        if n > m:
-            total = total + xp.sum(_square(q - _times(V, b), xp), axis=-1) / self._sigma
+        if self.triplet._svd is not None:
+            total = self._spectrum.quadratic(p, q)
+        else:
+            columns = (xp.matrix_transpose(xp.reshape(x, (-1, x.shape[-1]))) for x in (p, q))
+            assert isinstance(self._resolvent, SmallSideResolvent)
+            total = xp.reshape(self._resolvent.quadratic(*columns), p.shape[:-1])
         return scalar(ldexp(total, 2 * e - self.triplet._e, xp))
 
     def inner(self, factor: Any) -> Array:
@@ -127,9 +123,18 @@ class SigmaHessian:
         p, q = self._projections(self._direction(G))
         e = _vector_exponent(p, q, xp)
         p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
-        x, y = self.triplet._resolvent()(p[..., None], q[..., None])
+        x, y = self._solve(p, q)
         product = x @ adjoint(v[..., None], xp) + u[..., None] @ adjoint(y, xp)
         return ldexp(product, (e - self.triplet._e)[..., None, None], xp)
+
+    def _solve(self, p: Array, q: Array) -> tuple[Array, Array]:
+        """The reduced resolvent on stacks of vectors, as columns (..., m, 1) and (..., n, 1)."""
+        if self.triplet._svd is not None:
+            x, y = self._resolvent(p[..., None], q[..., None])
+            return x, y
+        columns = (x.reshape(-1, x.shape[-1]).T for x in (p, q))
+        x, y = self._resolvent(*columns)
+        return x.T.reshape(*p.shape, 1), y.T.reshape(*q.shape, 1)
 
     __matmul__ = product
 
@@ -139,15 +144,16 @@ class SigmaHessian:
         ``1 / (sigma - s_i)`` and ``1 / (sigma + s_i)`` for each i != k, and ``1 / sigma`` ``|m - n|`` times; for
         complex A each twice, and ``1 / sigma`` once more.
         """
-        xp, k, s = self._xp, self.triplet.k, self._s
+        xp, k, sp = self._xp, self.triplet.k, self._spectrum
+        s = sp.s
         others = [i for i in range(s.shape[-1]) if i != k]
-        values = [2 * w[..., i] for w in (self._minus, self._plus) for i in others]
+        values = [2 * w[..., i] for w in (sp.minus, sp.plus) for i in others]
         m, n = self.triplet.shape[-2:]
-        values += [1 / self._sigma] * abs(m - n)
-        if is_complex(self._U, xp):
-            values = values * 2 + [1 / self._sigma]
+        values += [1 / sp.sigma] * abs(m - n)
+        if is_complex(self.triplet._P0, xp):
+            values = values * 2 + [1 / sp.sigma]
         if not values:
-            return xp.zeros((*self._sigma.shape, 0), dtype=s.dtype, device=s.device)
+            return xp.zeros((*sp.sigma.shape, 0), dtype=s.dtype, device=s.device)
         return xp.sort(ldexp(xp.stack(values, axis=-1), -self.triplet._e[..., None], xp), axis=-1, descending=True)
 
     def trace(self) -> Array:
@@ -160,12 +166,12 @@ class SigmaHessian:
         For complex A shape (..., m, n, 2): for the directions E_pq and i E_pq.
         """
         xp = self._xp
-        L, R, C = self._blocks()
+        L, R, C = self._spectrum.blocks()
         u, v = self.triplet.u[..., :, None], self.triplet.v[..., None, :]
         left = real(xp.linalg.diagonal(L), xp)[..., :, None] * _square(v, xp)
         right = _square(u, xp) * real(xp.linalg.diagonal(R), xp)[..., None, :]
         cross = 2 * real(u * xp.conj(v) * C if is_complex(C, xp) else u * v * C, xp)
-        if not is_complex(self._U, xp):
+        if not is_complex(self.triplet._P0, xp):
             return ldexp(left + right + cross, -self.triplet._e[..., None, None], xp)
         both = xp.stack([left + right + cross, left + right - cross], axis=-1)
         return ldexp(both, -self.triplet._e[..., None, None, None], xp)
@@ -181,31 +187,16 @@ class SigmaHessian:
         from scipy.sparse.linalg import LinearOperator
 
         m, n = self.triplet.shape[-2:]
-        if len(self.triplet.shape) > 2 or not isinstance(self._U, np.ndarray) or np.iscomplexobj(self._U):
+        if len(self.triplet.shape) > 2 or not is_numpy(self.triplet._P0) or np.iscomplexobj(self.triplet._P0):
             raise TypeError("expected one real NumPy matrix for a SciPy operator, got a stack, complex or other array")
 
         def matvec(x: np.ndarray) -> np.ndarray:
             return np.asarray(self.product(x.reshape(m, n))).reshape(-1)
 
-        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=self._U.dtype)
-
-    def _blocks(self) -> tuple[Array, Array, Array]:
-        """L = U diag(direct) U^* + (I - U U^*) / sigma, R alike from V, and C = U diag(cross) V^*, for A / 2^e."""
-        xp, U, V = self._xp, self._U, self._V
-        Ua, Va = adjoint(U, xp), adjoint(V, xp)
-        direct = (self._minus + self._plus)[..., None, :]
-        cross = (self._minus - self._plus)[..., None, :]
-        L, R, C = (U * direct) @ Ua, (V * direct) @ Va, (U * cross) @ Va
-        sigma = self._sigma[..., None, None]
-        m, n = self.triplet.shape[-2:]
-        if m > n:
-            L = L + (eye(m, U, xp) - U @ Ua) / sigma
-        if n > m:
-            R = R + (eye(n, V, xp) - V @ Va) / sigma
-        return L, R, C
+        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=self.triplet._P0.dtype)
 
     def _direction(self, G: Any) -> Array:
-        _, (_, G) = as_arrays(self._U, G, names=["A", "G"])
+        _, (_, G) = as_arrays(self.triplet._P0, G, names=["A", "G"])
         check_shape(G, "G", self.triplet.shape)
         return G
 
@@ -219,6 +210,50 @@ class SigmaHessian:
         if not bool(xp.all(xp.isfinite(xp.sum(p, axis=-1))) and xp.all(xp.isfinite(xp.sum(q, axis=-1)))):
             check_matrix(G, "G", xp)
         return p, q
+
+
+class _Spectrum:
+    """The form in the coordinates of a thin SVD, for A / 2^e."""
+
+    def __init__(self, triplet: SingularTriplet) -> None:
+        if triplet._svd is None:
+            raise TypeError("expected a triplet with all singular vectors, got one made without; use method='svd'")
+        self.xp = xp = triplet._xp
+        self.U, self.s, self.V = triplet._svd
+        s, sigma = self.s, triplet._values
+        at_k = array([i == triplet.k for i in range(s.shape[-1])], s, xp, dtype=xp.bool)
+        difference = xp.where(at_k, xp.ones_like(s), sigma - s)
+        # direct +- cross: the form is sum_i minus_i |a_i + b_i|^2 + plus_i |a_i - b_i|^2, accurate near a close pair
+        self.minus = xp.where(at_k, xp.zeros_like(s), 1 / (2 * difference))
+        self.plus = 1 / (2 * (sigma + s))
+        self.sigma = sigma[..., 0]
+
+    def quadratic(self, p: Array, q: Array) -> Array:
+        """Forms (...) from projections (..., m), (..., n)."""
+        xp, U, V = self.xp, self.U, self.V
+        a, b = _times(adjoint(U, xp), p), _times(adjoint(V, xp), q)
+        total = xp.sum(self.minus * _square(a + b, xp) + self.plus * _square(a - b, xp), axis=-1)
+        m, n = p.shape[-1], q.shape[-1]
+        if m > n:
+            total = total + xp.sum(_square(p - _times(U, a), xp), axis=-1) / self.sigma
+        if n > m:
+            total = total + xp.sum(_square(q - _times(V, b), xp), axis=-1) / self.sigma
+        return total
+
+    def blocks(self) -> tuple[Array, Array, Array]:
+        """L = U diag(direct) U^* + (I - U U^*) / sigma, R alike from V, and C = U diag(cross) V^*, for A / 2^e."""
+        xp, U, V = self.xp, self.U, self.V
+        Ua, Va = adjoint(U, xp), adjoint(V, xp)
+        direct = (self.minus + self.plus)[..., None, :]
+        cross = (self.minus - self.plus)[..., None, :]
+        L, R, C = (U * direct) @ Ua, (V * direct) @ Va, (U * cross) @ Va
+        sigma = self.sigma[..., None, None]
+        m, n = U.shape[-2], V.shape[-2]
+        if m > n:
+            L = L + (eye(m, U, xp) - U @ Ua) / sigma
+        if n > m:
+            R = R + (eye(n, V, xp) - V @ Va) / sigma
+        return L, R, C
 
 
 def _blocked_projections(G: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -240,7 +275,7 @@ def _blocked_projections(G: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[n
 def dense_hessian(hessian: SigmaHessian) -> Array:
     """Shape (..., m, n, m, n); for complex A (..., m, n, 2, m, n, 2) in the real coordinates of entries (Re, Im)."""
     xp, triplet = hessian._xp, hessian.triplet
-    L, R, C = hessian._blocks()
+    L, R, C = hessian._spectrum.blocks()
     u, v = triplet.u, triplet.v
     if not is_complex(u, xp):
         # H[p, q, :, :] = v_q (L_p v^T + u C_p) + u_p (u R_q + C_q v^T): two small matrices, one pass over the result
@@ -291,10 +326,6 @@ def _times(M: Array, x: Array) -> Array:
     if M.ndim == 2 and x.ndim >= 2:
         return x @ M.T if x.ndim == 2 else (M @ x[..., None])[..., 0]
     return (M @ x[..., None])[..., 0]
-
-
-def _coordinates(U: Array, p: Array, xp: Any) -> Array:
-    return _times(adjoint(U, xp), p)
 
 
 def _vector_exponent(p: Array, q: Array, xp: Any) -> Array:
