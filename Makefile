@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 DEMO_ARGS ?= --out demo --overwrite
 PYTEST_ARGS ?= -n auto
 
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test coverage boundscheck lint bench docs clean
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -29,6 +29,12 @@ demo: $(VENV)/.base  ## train a network on scanned digits and explain its Lipsch
 
 test: $(VENV)/.test  ## run all tests and doctests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+coverage: $(VENV)/.test  ## lines of specpert run by its tests, kernels included (at least 95 per cent)
+	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest tests/specpert specpert $(PYTEST_ARGS) -m "not slow" --cov=specpert --cov-fail-under=95
+
+boundscheck: $(VENV)/.test  ## the compiled kernels with every index checked
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest tests/specpert/test_methods.py -k "kernel or fast" -q
 
 lint: $(VENV)/.dev  ## style, import contracts and types
 	$(BIN)/ruff check .
