@@ -1,0 +1,124 @@
+"""One of two processes; started by test_distributed.py with rank, rendezvous file, scenario, and output file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lipdyn_torch import GradientNoise
+from lipdyn_torch._bridge import read_spectrum
+
+SIZES = [(5, 4), (6, 5), (3, 6)]
+WORLD = 2
+Samples = list[tuple[Tensor, Tensor]]
+
+
+def matrices() -> Samples:
+    """Weights (m, n) and the gradients (M, m, n) of eight samples, the samples' mean far larger than their spread."""
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return [(random(m, n), 10.0 * random(m, n) + 0.1 * random(8, m, n)) for m, n in SIZES]
+
+
+def noise_of(weight: Tensor, gradients: Tensor, mean: Tensor) -> tuple:
+    spectrum = read_spectrum(weight[None]) if NEEDS_GROUPS else read_spectrum(weight)
+    squares = gradients.square().sum(0)
+    return spectrum, GradientNoise(gradients @ spectrum.v, gradients.mT @ spectrum.u, squares, mean)
+
+
+#: Whether spectra are of stacks of matrices.
+NEEDS_GROUPS = "matrices" in read_spectrum.__annotations__
+
+
+def combined(rank: int, cut: int, broken: bool = False) -> list:
+    """This process's part of the samples, combined with the other's."""
+    from lipdyn_torch.distributed import combine
+
+    part = slice(cut) if rank == 0 else slice(cut, None)
+    layers = []
+    for weight, gradients in matrices():
+        mean = (gradients[:cut].mean(0) + gradients[cut:].mean(0)) / WORLD
+        layers.append(noise_of(weight, gradients[part], mean))
+    if broken and rank == 1:
+        layers[1] = (layers[1][0], None)
+    joint = combine(layers)
+    out = []
+    for (spectrum, _), noise in zip(layers, joint, strict=True):
+        if noise is None:
+            out.append(None)
+            continue
+        mismatch = noise.mismatch(noise.mean, spectrum)
+        out.append((noise.batch, vars(noise.terms(spectrum)), mismatch, vars(noise.scaled(0.5).terms(spectrum))))
+    return out
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(8, 6, generator=generator, dtype=torch.float64), torch.randint(3, (8,), generator=generator)
+
+
+def trained(rank: int | None, kind: str, optimizer: str = "SGD", steps: int = 4) -> tuple[list[dict], list[Tensor]]:
+    """Rows and weights of a run with half of each batch; with rank None, of one process with all of it."""
+    from lipdyn_torch import LipschitzMonitor
+    from lipdyn_torch.distributed import full
+
+    model = network()
+    called: nn.Module = model
+    if kind == "ddp":
+        called = nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer)
+        fully_shard(model)
+    make = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}[optimizer]
+    optim = make(model.parameters(), lr=0.05)
+    with LipschitzMonitor(model, optim, noise="split") as monitor:
+        for step in range(steps):
+            x, y = batch(step)
+            part = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
+            optim.zero_grad()
+            nn.functional.cross_entropy(called(x[part]), y[part]).backward()
+            optim.step()
+    return monitor.history.rows, [full(p.detach()).clone() for p in model.parameters()]
+
+
+SCENARIOS = {
+    "even": lambda rank: combined(rank, 4),
+    "uneven": lambda rank: combined(rank, 3),
+    "broken": lambda rank: combined(rank, 4, broken=True),
+    "ddp": lambda rank: trained(rank, "ddp"),
+    "fsdp": lambda rank: trained(rank, "fsdp"),
+    "fsdp-adam": lambda rank: trained(rank, "fsdp", "Adam"),
+}
+
+
+def main() -> None:
+    rank, rendezvous, scenario, out = int(sys.argv[1]), *sys.argv[2:5]
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    results = {name: SCENARIOS[name](rank) for name in scenario.split(",")}
+    torch.save(results, f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

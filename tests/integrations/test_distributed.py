@@ -1,0 +1,145 @@
+"""Two processes see what one would on the joint batch."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from lipdyn_torch import LipschitzMonitor
+from lipdyn_torch.distributed import full, pool, summarise
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+spec = importlib.util.spec_from_file_location("distributed_worker", WORKER)
+worker = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(worker)
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+TERMS = ["gradient", "gradient_curvature", "noise", "noise_curvature", "noise_var", "noise_curvature_var"]
+
+
+def run_workers(folder: Path, scenarios: list[str]) -> list[dict]:
+    """What each of two processes returned for each scenario."""
+    command = [str(folder / "rendezvous"), ",".join(scenarios), str(folder / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[2])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), *command], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = []
+    for process in processes:
+        try:
+            errors.append(process.communicate(timeout=90)[1])
+        except subprocess.TimeoutExpired:
+            process.kill()
+            errors.append(process.communicate()[1] + "\ntimed out")
+    assert [p.returncode for p in processes] == [0, 0], "\n".join(error[-3000:] for error in errors)
+    return [torch.load(folder / f"out.{rank}", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def combined(tmp_path_factory) -> list[dict]:
+    return run_workers(tmp_path_factory.mktemp("combined"), ["even", "uneven", "broken"])
+
+
+def weighted(cut: int):
+    """All samples as they count in the average of the two processes' gradients."""
+    for weight, gradients in worker.matrices():
+        size = len(gradients)
+        weights = [size / (2 * cut)] * cut + [size / (2 * (size - cut))] * (size - cut)
+        G = torch.tensor(weights, dtype=torch.float64)[:, None, None] * gradients
+        yield worker.noise_of(weight, G, G.mean(0))
+
+
+@pytest.mark.parametrize(("scenario", "cut"), [("even", 4), ("uneven", 3)])
+def test_terms_are_those_of_the_joint_batch(combined, scenario, cut):
+    for index, (spectrum, noise) in enumerate(weighted(cut)):
+        want = vars(noise.terms(spectrum))
+        for rank in (0, 1):
+            batch, got, mismatch, half = combined[rank][scenario][index]
+            assert batch == 8
+            assert mismatch < 1e-14
+            for name in TERMS:
+                assert got[name] == pytest.approx(want[name], rel=1e-10, abs=1e-13), (name, index)
+            assert half["noise"] == pytest.approx(want["noise"] / 4, rel=1e-10)
+            assert half["noise_curvature"] == pytest.approx(want["noise_curvature"] / 4, rel=1e-10)
+            assert half["gradient"] == pytest.approx(want["gradient"] / 2, rel=1e-10)
+
+
+@pytest.mark.parametrize(("scenario", "cut"), [("even", 4), ("uneven", 3)])
+def test_stand_in_scores_have_the_covariances_between_layers(combined, scenario, cut):
+    from lipdyn_torch.dynamics import network_noise
+
+    want = [noise.terms(spectrum).scores for spectrum, noise in weighted(cut)]
+    got = [terms["scores"] for _, terms, _, _ in combined[0][scenario]]
+    for sigmas, lrs in (([1.0, 2.0, 3.0], [0.1, 0.2, 0.3]), ([1.0, 1.0, 1.0], [1.0, 0.0, 1.0])):
+        assert network_noise(got, sigmas, lrs) == pytest.approx(network_noise(want, sigmas, lrs), rel=1e-10)
+
+
+def test_both_processes_have_bitwise_the_same(combined):
+    for scenario in ("even", "uneven"):
+        for one, other in zip(combined[0][scenario], combined[1][scenario], strict=True):
+            assert all(torch.equal(torch.as_tensor(one[1][k]), torch.as_tensor(other[1][k])) for k in one[1])
+
+
+def test_a_layer_one_process_could_not_read_is_read_by_none(combined):
+    for rank in (0, 1):
+        assert [part is None for part in combined[rank]["broken"]] == [False, True, False]
+        assert combined[rank]["broken"][0][1]["noise"] == combined[rank]["even"][0][1]["noise"]
+
+
+def test_pooling_does_not_depend_on_the_split():
+    weight, gradients = worker.matrices()[0]
+    spectrum, whole = worker.noise_of(weight, gradients, gradients.mean(0))
+    want = vars(whole.terms(spectrum))
+    for cuts in ([8], [1, 7], [2, 2, 4], [1] * 8):
+        pieces = torch.split(gradients, cuts)
+        parts = [summarise(worker.noise_of(weight, piece, gradients.mean(0))[1], spectrum) for piece in pieces]
+        joint = pool(parts, spectrum)
+        got = vars(joint.terms(spectrum))
+        for name in TERMS:
+            assert got[name] == pytest.approx(want[name], rel=1e-10, abs=1e-13), (name, cuts)
+        assert joint.factor(3.0 * gradients.mean(0), spectrum) == pytest.approx((3.0, 0.0), abs=1e-12)
+        assert joint.mismatch(gradients.mean(0), spectrum) < 1e-14
+        assert joint.mismatch(2 * gradients.mean(0), spectrum) > 0.3
+
+
+def test_one_sample_has_no_noise():
+    weight, gradients = worker.matrices()[0]
+    spectrum, noise = worker.noise_of(weight, gradients[:1], gradients[0])
+    terms = vars(summarise(noise, spectrum).terms(spectrum))
+    assert math.isnan(terms["noise"])
+    assert math.isnan(terms["noise_curvature"])
+    assert terms["gradient"] == pytest.approx(noise.terms(spectrum).gradient, rel=1e-12)
+
+
+def test_whole_tensors_stay_as_they_are():
+    weight = torch.ones(2)
+    assert full(weight) is weight
+
+
+@pytest.mark.skipif(
+    "process_group" not in inspect.signature(LipschitzMonitor.__init__).parameters,
+    reason="the monitor works alone",
+)
+@pytest.mark.parametrize(("kind", "optimizer"), [("ddp", "SGD"), ("fsdp", "SGD"), ("fsdp-adam", "Adam")])
+def test_rows_are_those_of_one_process(tmp_path_factory, kind, optimizer):
+    runs = run_workers(tmp_path_factory.mktemp(kind), [kind])
+    rows, weights = worker.trained(None, "alone", optimizer)
+    want = pd.DataFrame(rows)
+    assert set(want["status"]) == {"ok"}
+    for run in runs:
+        got, arrived = run[kind]
+        pd.testing.assert_frame_equal(pd.DataFrame(got), want, rtol=1e-10, atol=1e-12)
+        for p, q in zip(arrived, weights, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
