@@ -42,7 +42,7 @@ lint: $(VENV)/.dev  ## style, import contracts and types
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-bench: $(VENV)/.test  ## measure side by side; results go to bench/results/
+bench: $(VENV)/.bench  ## measure side by side; results go to bench/results/
 	$(BIN)/python -m bench
 
 docs: $(VENV)/.docs  ## build the pages into docs/_build/html

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
+from oracles import taylor_mpmath
 
 from bench.harness import Row, compare
 from specpert import sigma_derivative, sigma_series
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from oracles import taylor_mpmath
 
 rng = np.random.default_rng(0)
 
