@@ -9,30 +9,43 @@ from torch import Tensor
 
 import specpert
 
-__all__ = ["Spectrum", "hessian_diagonal", "hessian_pairing", "read_spectrum", "spectral_norm", "taylor"]
+__all__ = [
+    *("Spectrum", "cluster_values", "hessian_diagonal", "hessian_pairing"),
+    *("read_spectrum", "spectral_norm", "taylor"),
+]
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The top of a weight's spectrum.
+    """The top of the spectrum of a weight, which may be several matrices (the groups of a convolution).
+
+    The singular values of all groups together are those of the block-diagonal matrix they make up: ``sigma`` is
+    the largest of all, ``group`` the matrix it belongs to, and ``gap`` counts the other groups too.
 
     Attributes
     ----------
-    matrix : Tensor, (m, n)
+    matrices : Tensor, (g, m, n)
         The weight in float64.
     sigma, gap : float
         Largest singular value and its isolation distance (theory 1.9); the gap is NaN where it is unknown.
     triplet : SingularTriplet or None
         None where the derivatives do not exist; ``problem`` then says why.
+    group : int
     problem : str
         Empty when all is well.
     """
 
-    matrix: Tensor
+    matrices: Tensor
     sigma: float
     gap: float
     triplet: specpert.SingularTriplet | None
+    group: int = 0
     problem: str = ""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix (m, n) that attains sigma."""
+        return self.matrices[self.group]
 
     @property
     def u(self) -> Tensor:
@@ -47,8 +60,11 @@ class Spectrum:
         return self.triplet.v
 
 
-def read_spectrum(matrix: Tensor) -> Spectrum:
-    """The spectrum of a float64 matrix (m, n); never raises for numerical reasons.
+REPEATED = "largest singular value is repeated"
+
+
+def read_spectrum(matrices: Tensor) -> Spectrum:
+    """The spectrum of a float64 matrix (m, n) or of several (g, m, n); never raises for numerical reasons.
 
     Examples
     --------
@@ -59,19 +75,37 @@ def read_spectrum(matrix: Tensor) -> Spectrum:
     >>> tie = read_spectrum(torch.eye(2, dtype=torch.float64))
     >>> tie.sigma, tie.gap, tie.problem
     (1.0, 0.0, 'largest singular value is repeated')
+    >>> groups = read_spectrum(torch.tensor([[[1.0, 0.0]], [[3.0, 4.0]]], dtype=torch.float64))
+    >>> groups.group, round(groups.sigma, 12), round(groups.gap, 12)
+    (1, 5.0, 4.0)
     """
-    if not bool(torch.isfinite(matrix).all()):
-        return Spectrum(matrix, float("nan"), float("nan"), None, "weight is not finite")
+    matrices = matrices if matrices.ndim == 3 else matrices[None]
+    nan = float("nan")
+    if not bool(torch.isfinite(matrices).all()):
+        return Spectrum(matrices, nan, nan, None, problem="weight is not finite")
     try:
-        triplet = specpert.singular_triplet(matrix)
+        group, rival = (0, 0.0) if len(matrices) == 1 else _attaining(matrices)
+        triplet = specpert.singular_triplet(matrices[group])
     except specpert.DegenerateSingularValueError:
-        sigma = float(torch.linalg.matrix_norm(matrix, 2))
-        return Spectrum(matrix, sigma, 0.0, None, "largest singular value is repeated")
+        sigma = float(torch.linalg.matrix_norm(matrices[group], 2))
+        return Spectrum(matrices, sigma, 0.0, None, group, REPEATED)
     except specpert.ZeroSingularValueError:
-        return Spectrum(matrix, 0.0, 0.0, None, "weight is zero")
+        return Spectrum(matrices, 0.0, 0.0, None, group, "weight is zero")
     except torch.linalg.LinAlgError:
-        return Spectrum(matrix, float("nan"), float("nan"), None, "singular value decomposition failed")
-    return Spectrum(matrix, float(triplet.sigma), float(triplet.gap), triplet)
+        return Spectrum(matrices, nan, nan, None, problem="singular value decomposition failed")
+    sigma = float(triplet.sigma)
+    gap = min(float(triplet.gap), sigma - rival)
+    if gap <= 10 * max(matrices.shape[1:]) * torch.finfo(torch.float64).eps * sigma:
+        return Spectrum(matrices, sigma, 0.0, None, group, REPEATED)
+    return Spectrum(matrices, sigma, gap, triplet, group)
+
+
+def _attaining(matrices: Tensor) -> tuple[int, float]:
+    """The group with the largest singular value, and the largest of the other groups."""
+    top = torch.linalg.matrix_norm(matrices, 2)
+    group = int(top.argmax())
+    top[group] = 0.0
+    return group, float(top.max())
 
 
 def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor) -> Tensor:
@@ -87,6 +121,41 @@ def hessian_diagonal(spectrum: Spectrum) -> Tensor:
 def taylor(spectrum: Spectrum, step: Tensor) -> list[float]:
     """Taylor coefficients (sigma, D1, D2/2, D3/6) of sigma along ``step`` (m, n) (theory 1.4)."""
     return [float(c) for c in specpert.sigma_series(spectrum.triplet, step, 3).coefficients]
+
+
+def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -> list[float] | None:
+    """Largest singular value after ``steps`` (g, m, n), to order 1, 2, 3, by effective matrices (theory 2.8, 1.8).
+
+    All singular values within ``reach`` of the largest are taken as one cluster in each group, so that no small
+    gap is divided by.
+
+    Returns
+    -------
+    list of float, or None
+        None if more than ``most`` values are within reach.
+
+    Examples
+    --------
+    >>> import torch
+    >>> tie = read_spectrum(torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64)))
+    >>> step = torch.zeros(1, 3, 3, dtype=torch.float64)
+    >>> step[0, 0, 1] = step[0, 1, 0] = 0.1  # splits the pair into 2.1 and 1.9
+    >>> [round(value, 12) for value in cluster_values(tie, step, reach=0.4, most=16)]
+    [2.1, 2.1, 2.1]
+    """
+    values = torch.linalg.svdvals(spectrum.matrices)
+    sizes = (values > spectrum.sigma - reach).sum(-1)
+    if int(sizes.sum()) > most or int(sizes.max()) == 0:
+        return None
+    best = [0.0] * 3
+    for group, size in enumerate(sizes.tolist()):
+        if size == 0:
+            continue
+        series = specpert.sigma_series(spectrum.matrices[group], steps[group], 3, k=tuple(range(size)))
+        partial = torch.cumsum(series.effective_matrices, 0)[1:]
+        tops = torch.linalg.eigvals(partial).real.amax(-1).tolist()
+        best = [max(pair) for pair in zip(best, tops, strict=True)]
+    return best
 
 
 def spectral_norm(matrix: Tensor) -> float:

@@ -1,143 +1,205 @@
-"""One watched layer: what its hooks catch between two optimiser steps.
+"""What hooks catch between two optimiser steps.
 
-A forward hook puts a hook on the layer's output *tensor*; when the gradient of that tensor arrives, it is
-contracted with the layer's input at once, and the input is let go. Forward passes that are never
-differentiated (evaluation, discarded losses) therefore count for nothing, and nothing of the graph outlives it.
+A forward hook on a module puts a hook on its output *tensor*; when the gradient of that tensor arrives, it is
+contracted with the module's input at once, and the input is let go. Forward passes that are never differentiated
+(evaluation, discarded losses) therefore count for nothing, and nothing of the graph outlives it. Where the
+contraction needs what is known only at the step (a preconditioner) or all uses of a weight at once (the variance
+part), inputs and output gradients are kept until the step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import Spectrum, read_spectrum
-from lipdyn_torch.layers import LayerRule
-from lipdyn_torch.noise import GradientNoise
+from lipdyn_torch.layers import Block, LayerRule, double
 
-__all__ = ["Watch"]
+__all__ = ["Call", "Switch", "Tap", "Watch"]
 
 #: Notes that explain NaN in the noise terms.
-NO_GRADIENT = "no gradient reached this layer"
-CALLED_TWICE = "layer used several times in one backward pass: samples cannot be paired"
+UNPAIRED = "calls of the layer in one backward pass saw different numbers of samples: they cannot be paired"
 RETAINED = "several backward passes through one forward pass"
-EDITED = "weight was changed between backward and step"
-MISMATCH = "contributions do not sum to the gradient"
+
+
+@dataclass
+class Switch:
+    """What all hooks of one monitor look at first: while ``on`` is off they return at once."""
+
+    on: bool = True
+    discard: Callable[[], None] = lambda: None  # called when gradients were cleared without a step
+    outer: dict[int, int] = field(default_factory=dict)  # backward pass inside a checkpoint: the one around it
+
+
+class Call(NamedTuple):
+    """One use of a weight, with the gradient of its output."""
+
+    module: nn.Module
+    rule: LayerRule
+    part: str
+    x: Any
+    delta: Tensor
+
+
+@dataclass
+class Pass:
+    """The uses of one weight in one backward pass: sample i of each is the same sample, and they add up."""
+
+    samples: int
+    sums: tuple[Tensor, ...] | None = None
+    calls: list[Call] = field(default_factory=list)
 
 
 @dataclass
 class Watch:
-    """A layer under observation: its spectrum and the contributions to its gradient since the last step.
+    """One matrix under observation: its spectrum, and the contributions to its gradient since the last step.
 
-    ``active`` is switched by the monitor; while it is off the hooks return at once.
+    Attributes
+    ----------
+    name : str
+        The row's.
+    module, rule, part
+        Where the matrix is; other modules may share its parameters.
+    parameters : tuple of Parameter
+        What the matrix is made of.
+    hold : bool
+        Whether calls are kept until the step.
     """
 
     name: str
     module: nn.Module
     rule: LayerRule
-    weight: Tensor
-    group: dict[str, Any]
-    split: bool
-    standing_problem: str = ""
-    active: bool = True
+    part: str
+    parameters: tuple[nn.Parameter, ...]
+    hold: bool = False
     spectrum: Spectrum = field(init=False)
-    samples: int = field(default=0, init=False)
-    parts: list[tuple[Tensor, ...]] = field(default_factory=list, init=False)
+    passes: dict[int, Pass] = field(default_factory=dict, init=False)
     problems: dict[str, None] = field(default_factory=dict, init=False)
-    _passes: set[int] = field(default_factory=set, init=False)
+    accumulated: bool = field(default=False, init=False)  # a gradient has reached the parameter
+    eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
+    finite: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        self.spectrum = read_spectrum(self.rule.matrix(self.module))
+        self.spectrum = read_spectrum(self.read())
+
+    @property
+    def trained(self) -> bool:
+        """Whether any of the parameters can learn."""
+        return any(p.requires_grad for p in self.parameters)
+
+    def read(self) -> Tensor:
+        """The weight now, as float64 matrices (g, m, n): a copy."""
+        return self.rule.effective(self.module, self.part, [double(p) for p in self.parameters])
+
+    def refresh(self) -> bool:
+        """Read the spectrum again if the weight is not bitwise the one it was read from; True if it was not."""
+        matrices, known = self.read(), self.spectrum.matrices
+        same = known.device == matrices.device and torch.equal(known.view(torch.int64), matrices.view(torch.int64))
+        if not same:
+            self.spectrum = read_spectrum(matrices)
+        return not same
+
+    def cleared(self) -> bool:
+        """Whether the gradients are gone, though contributions to them were caught."""
+        return all(p.grad is None or not bool(p.grad.any()) for p in self.parameters if p.requires_grad)
+
+    def receive(self, call: Call, backward: int) -> None:
+        """Contract one call's input with the gradient of its output (theory 2.4), or keep them for later."""
+        samples = call.rule.samples(call.module, call.delta)
+        single = self.passes.setdefault(backward, Pass(samples))
+        if single.samples != samples:
+            self.problems[UNPAIRED] = None
+            return
+        self.eps = max(self.eps, torch.finfo(call.delta.dtype).eps)
+        self.finite = self.finite and bool(call.delta.isfinite().all())
+        if self.spectrum.triplet is None or not self.finite:
+            return
+        if self.hold:
+            single.calls.append(call)
+            return
+        sums = self.contract(call)
+        if sums is not None:
+            single.sums = sums if single.sums is None else _add(single.sums, sums)
+
+    def contract(self, call: Call, weights: list[Tensor] | None = None) -> tuple[Tensor, ...] | None:
+        """``p`` and ``q`` of one call; a rule that cannot leaves a problem behind instead."""
+        s = self.spectrum
+        block = Block(call.part, s.group)
+        try:
+            return call.rule.contract(call.module, call.x, call.delta, s.u, s.v, block, weights)
+        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+            self.problems[f"per-sample gradients failed: {str(error).splitlines()[0][:200]}"] = None
+            return None
+
+    def merged(self, outer: dict[int, int]) -> list[Pass]:
+        """The passes, those inside checkpoints added to the pass around them."""
+        merged: dict[int, Pass] = {}
+        for backward, single in self.passes.items():
+            while backward in outer:
+                backward = outer[backward]
+            whole = merged.setdefault(backward, Pass(single.samples))
+            if whole.samples != single.samples:
+                self.problems[UNPAIRED] = None
+                continue
+            whole.calls += single.calls
+            if single.sums is not None:
+                whole.sums = single.sums if whole.sums is None else _add(whole.sums, single.sums)
+        return list(merged.values())
+
+    def forget(self) -> None:
+        """Drop what was received."""
+        self.passes, self.problems = {}, {}
+        self.accumulated, self.finite, self.eps = False, True, 0.0
+
+
+def _add(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+class Tap:
+    """The hooks on one module, and the matrices it feeds."""
+
+    def __init__(self, module: nn.Module, rule: LayerRule, switch: Switch) -> None:
+        self.module, self.rule, self.switch = module, rule, switch
+        self.feeds: list[tuple[Watch, str]] = []  # watch, and the part of this module that belongs to it
 
     def attach(self) -> RemovableHandle:
         """Put the forward hook on the module."""
         return self.module.register_forward_hook(_ForwardHook(self), with_kwargs=True)
 
-    def refresh(self) -> bool:
-        """Read the spectrum again if the weight is not bitwise the one it was read from; True if it was not."""
-        matrix = self.rule.matrix(self.module)
-        known = self.spectrum.matrix
-        if known.device == matrix.device and torch.equal(known.view(torch.int64), matrix.view(torch.int64)):
-            return False
-        self.spectrum = read_spectrum(matrix)
-        return True
-
-    def receive(self, x: Tensor, delta: Tensor) -> None:
-        """Contract one call's input with the gradient of its output (theory 2.4)."""
-        backward = torch._C._current_graph_task_id()  # tells micro-batches from several uses in one pass
-        if backward in self._passes:
-            self.problems[CALLED_TWICE] = None
-        self._passes.add(backward)
-        self.samples += delta.shape[0] if delta.ndim > 1 else 1
-        if self.spectrum.triplet is None:
-            return
-        u, v = self.spectrum.u, self.spectrum.v
-        part = self.rule.contract(self.module, x, delta, u, v)
-        self.parts.append((*part, self.rule.sum_of_squares(self.module, x, delta)) if self.split else part)
-
-    def collect(self, refresh: bool = True) -> tuple[GradientNoise | None, int, list[str]]:
-        """The noise of everything received since the last call, the number of samples, and what is wrong.
-
-        Micro-batches are joined to one batch. The noise is None, and a problem given, unless the samples'
-        contributions sum to the gradient the optimiser sees. With ``refresh=False`` the weight may have moved
-        on already, and the spectrum is still that of the weight the samples were seen from.
-        """
-        parts, samples, problems = self.parts, self.samples, list(self.problems)
-        self.forget()
-        if refresh and self.refresh():
-            problems.append(EDITED)
-        if self.standing_problem:
-            problems.append(self.standing_problem)
-        gradient = self.weight.grad
-        if gradient is None or samples == 0:
-            problems.append(NO_GRADIENT)
-        if problems or gradient is None or not parts or self.spectrum.triplet is None:
-            return None, samples, problems
-        p, q = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-        squares = torch.stack([part[2] for part in parts]).sum(0) if self.split else None
-        mean = self.rule.weight_matrix(self.module, gradient)
-        noise = GradientNoise.from_contributions(p, q, squares, mean)
-        error = noise.mismatch(mean, self.spectrum)
-        if not error <= _tolerance(self.weight):
-            return None, samples, [f"{MISMATCH} (relative {error:.1e}): clipped, rescaled or used elsewhere?"]
-        return noise, samples, []
-
-    def forget(self) -> None:
-        """Drop what was received."""
-        self.parts, self.samples = [], 0
-        self.problems, self._passes = {}, set()
-
-
-def _tolerance(weight: Tensor) -> float:
-    """How far rounding may take the samples' sum from the gradient, relative to the samples' sizes.
-
-    Rounding errors of sums are far below the square root of the precision; on CUDA devices the precision of a
-    float32 convolution may be that of TF32 (2^-10).
-    """
-    if weight.is_cuda and weight.dtype == torch.float32:
-        return 5e-3
-    return torch.finfo(weight.dtype).eps ** 0.5
+    def receive(self, x: Any, delta: Tensor, backward: int) -> None:
+        """Hand a call to every matrix that can learn from it."""
+        for watch, part in self.feeds:
+            if watch.trained:
+                watch.receive(Call(self.module, self.rule, part, x, delta), backward)
 
 
 class _ForwardHook:
     """The only thing that hangs on the user's module; copies and pickles of the module carry an inert one."""
 
-    def __init__(self, watch: Watch) -> None:
-        self.watch = watch
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        watch = self.watch
-        if not watch.active or not torch.is_grad_enabled():
+        tap = self.tap
+        if not tap.switch.on or not torch.is_grad_enabled():
             return
-        if not isinstance(output, Tensor) or not output.requires_grad or _is_functorch(output):
+        output = tap.rule.output(module, output)
+        if output is None or not output.requires_grad or _is_functorch(output):
             return
-        x = args[0] if args else kwargs.get("input")
-        if isinstance(x, Tensor):
-            watch.refresh()
-            output.register_hook(_OutputHook(watch, x.detach()))
+        outer = torch._C._current_graph_task_id()  # not -1 inside a checkpoint that is run again
+        if outer == -1 and any(watch.passes and watch.cleared() for watch, _ in tap.feeds):
+            tap.switch.discard()
+        x = tap.rule.inputs(module, args, kwargs)
+        if x is not None:
+            for watch, _ in tap.feeds:
+                watch.refresh()
+            output.register_hook(_OutputHook(tap, x, outer))
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _InertHook, ()
@@ -153,19 +215,41 @@ class _InertHook:
 class _OutputHook:
     """Receives the gradient of one output tensor and forgets the input it belongs to."""
 
-    def __init__(self, watch: Watch, x: Tensor) -> None:
-        self.watch, self.x = watch, x
+    def __init__(self, tap: Tap, x: Any, outer: int) -> None:
+        self.tap, self.x, self.outer = tap, x, outer
         self.used = False
 
     def __call__(self, delta: Tensor) -> None:
-        if not self.watch.active:
+        tap = self.tap
+        if not tap.switch.on:
             return
         if self.used:  # retain_graph: the same samples again
-            self.watch.problems[RETAINED] = None
+            for watch, _ in tap.feeds:
+                watch.problems[RETAINED] = None
             return
+        backward = torch._C._current_graph_task_id()  # tells micro-batches from several uses in one pass
+        if self.outer != -1:
+            tap.switch.outer[backward] = self.outer
         with torch.no_grad():
-            self.watch.receive(self.x, delta.detach())
-        self.used, self.x = True, delta.new_empty(0)
+            tap.receive(self.x, delta.detach(), backward)
+        self.used, self.x = True, None
+
+
+class _GradientHook:
+    """Notes that a gradient has reached a parameter, whatever the other hooks have seen."""
+
+    def __init__(self, watch: Watch, switch: Switch) -> None:
+        self.watch, self.switch = watch, switch
+
+    def __call__(self, parameter: Tensor) -> None:
+        if self.switch.on:
+            self.watch.accumulated = True
+
+
+def listen(watch: Watch, switch: Switch) -> list[RemovableHandle]:
+    """Notice gradients that reach the parameters of a watch."""
+    hook = _GradientHook(watch, switch)
+    return [p.register_post_accumulate_grad_hook(hook) for p in watch.parameters if p.requires_grad]
 
 
 def _is_functorch(tensor: Tensor) -> bool:

@@ -3,108 +3,146 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from lipdyn_torch._bridge import Spectrum, spectral_norm, taylor
+from lipdyn_torch._bridge import REPEATED, Spectrum, cluster_values, hessian_pairing, spectral_norm, taylor
+from lipdyn_torch._collect import Caught
 from lipdyn_torch.dynamics import drift, network_noise, noise_curvature, noise_strength, pathwise_changes
 from lipdyn_torch.history import NETWORK, SPLIT_COLUMNS, Row
-from lipdyn_torch.noise import GradientNoise
 
-__all__ = ["Measurement", "UpdateRule", "network_row"]
+__all__ = ["Measurement", "network_row"]
 
 _NAN = math.nan
 BATCH_OF_ONE = "batch of one: noise terms undefined"
 CLIPPED = "predicted change below -90 %: clipped"
-
-
-@dataclass(frozen=True)
-class UpdateRule:
-    """How one parameter group turns gradients into steps, read from the optimiser before it acts."""
-
-    lr: float
-    weight_decay: float
-    maximize: bool
-    problem: str = ""
-
-    @classmethod
-    def of(cls, optimizer_name: str, is_sgd: bool, group: dict[str, Any]) -> UpdateRule:
-        """Drift and noise terms are those of plain SGD; anything else leaves them undefined (theory 5)."""
-        problem = ""
-        if not is_sgd:
-            problem = f"{optimizer_name}: drift and noise terms need torch.optim.SGD"
-        elif group.get("momentum", 0):
-            problem = "momentum: drift and noise terms need momentum=0"
-        decay = float(group.get("weight_decay", 0.0)) if is_sgd else 0.0
-        return cls(float(group["lr"]), decay, bool(group.get("maximize", False)), problem)
+OTHER_UPDATE = "the step is not the one the optimizer's formula gives: drift and noise terms unknown"
+FROZEN = "frozen"
+#: A cluster reaches this many times the norm of the update below sigma, and holds at most so many values (2.8).
+REACH, MOST = 4.0, 16
+_FORCES = ("mu", "kappa", "lambda_sq", "gHg")
 
 
 @dataclass
 class Measurement:
     """One layer in one step: made before the step, completed after it."""
 
-    name: str
-    before: Spectrum
-    noise: GradientNoise | None
-    batch: int
-    rule: UpdateRule
+    caught: Caught
     split: bool
-    problems: list[str]
+    reference: Tensor | None = None  # mean gradient of another batch, or of all data, as a matrix (m, n)
     row: Row = field(default_factory=dict)
     scores: Tensor | None = None
 
     def complete(self, after: Spectrum) -> Row:
         """The row, once the weight after the step is known."""
-        if self.before.problem:
-            self.problems.append(self.before.problem)
-        if self.rule.problem:
-            self.problems.append(self.rule.problem)
-        self.row = {"layer": self.name, "lr": self.rule.lr, "batch": self.batch}
-        self.row |= {"sigma": self.before.sigma, "gap": self.before.gap}
+        caught, before = self.caught, self.caught.spectrum
+        if before.problem:
+            caught.problems.append(before.problem)
+        if after.problem and after.problem != before.problem:
+            caught.notes.append(f"after the step: {after.problem}")
+        if caught.drift is not None and caught.unexplained():
+            caught.problems.append(OTHER_UPDATE)
+        self.row = {"layer": caught.watch.name, "lr": caught.lr, "batch": caught.batch}
+        self.row |= {"sigma": before.sigma, "gap": before.gap}
         self.row |= self._path(after) | self._forces()
-        self.row |= {"z": _log(self.before.sigma), "status": "; ".join(dict.fromkeys(self.problems)) or "ok"}
+        remarks = [FROZEN] if caught.frozen else []
+        status = "; ".join(dict.fromkeys([*caught.problems, *remarks, *caught.notes])) or "ok"
+        self.row |= {"z": _log(before.sigma), "status": status}
         return self.row
 
     def _path(self, after: Spectrum) -> Row:
-        """What the actual update does to log sigma, predicted and observed (theory 2.7, 1.9)."""
-        out: Row = dict.fromkeys(("eps", "dz1", "dz2", "dz3"), _NAN)
-        out["dz"] = _log(after.sigma) - _log(self.before.sigma)
-        if after.problem:
-            self.problems.append(f"after the step: {after.problem}")
-        update = after.matrix - self.before.matrix
-        if self.before.triplet is None or not bool(update.isfinite().all()):
+        """What the actual update does to log sigma, predicted and observed (theory 2.7, 2.8, 1.9).
+
+        ``mode`` says how ``dz1`` ... ``dz3`` were made: by the "series" of one value while eps < 1, by the
+        effective matrix of the "cluster" of values near it beyond that, and where the cluster would be too large
+        they are the "exact" change.
+        """
+        before = self.caught.spectrum
+        out: Row = dict.fromkeys(("eps", "dz1", "dz2", "dz3", "bound", "remainder"), _NAN)
+        out |= {"mode": "none", "dz": _log(after.sigma) - _log(before.sigma)}
+        updates = after.matrices - before.matrices
+        if before.problem not in ("", REPEATED) or not bool(updates.isfinite().all()):
             return out
-        out["eps"] = 2.0 * spectral_norm(update) / self.before.gap
-        changes, clipped = pathwise_changes(taylor(self.before, update))
+        size = max(spectral_norm(update) for update in updates)
+        out["eps"] = 2.0 * size / before.gap if before.gap > 0 else (math.inf if size > 0 else 0.0)
+        out["mode"], changes = self._changes(updates, size, out["eps"], out["dz"])
         out["dz1"], out["dz2"], out["dz3"] = changes
-        if clipped:
-            self.problems.append(CLIPPED)
+        out["bound"] = _bound(before, updates[before.group], size, out)
+        out["remainder"] = out["dz"] - out["dz2"]
         return out
 
+    def _changes(self, updates: Tensor, size: float, eps: float, observed: float) -> tuple[str, list[float]]:
+        """The mode, and the changes of log sigma to order 1, 2, 3."""
+        before = self.caught.spectrum
+        if size == 0.0:
+            return "series", [0.0] * 3
+        values = None
+        if eps < 1.0:
+            changes, clipped = pathwise_changes(taylor(before, updates[before.group]))
+            if clipped:
+                self.caught.notes.append(CLIPPED)
+            return "series", changes
+        if REACH * size < before.sigma:
+            try:
+                values = cluster_values(before, updates, REACH * size, MOST)
+            except (ArithmeticError, ValueError, torch.linalg.LinAlgError):
+                values = None
+        if values is None or min(values) <= 0.0:
+            return "exact", [observed] * 3
+        return "cluster", [math.log(value / before.sigma) for value in values]
+
     def _forces(self) -> Row:
-        """Drift, noise curvature and noise strength per unit of SDE time (theory 2.1, 2.4)."""
-        keys = ("mu", "kappa", "lambda_sq", "gHg", *(SPLIT_COLUMNS if self.split else ()))
+        """Drift, noise curvature and noise strength per unit of SDE time (theory 2.1, 2.4, 5)."""
+        caught = self.caught
+        keys = (*_FORCES, *(SPLIT_COLUMNS if self.split else ()), *(("mu_ref",) if self.reference is not None else ()))
+        if caught.frozen:
+            self.scores = torch.zeros(0)
+            return dict.fromkeys(keys, 0.0)
         out: Row = dict.fromkeys(keys, _NAN)
-        if self.noise is None:
+        noise, spectrum, lr, b = caught.noise, caught.spectrum, caught.lr, caught.drift
+        if caught.problems or noise is None or b is None:
             return out
-        terms, sigma, lr = self.noise.terms(self.before), self.before.sigma, self.rule.lr
-        out["gHg"] = terms.gradient_curvature
-        if self.rule.problem:
-            return out
-        if self.batch < 2:
-            self.problems.append(BATCH_OF_ONE)
-        self.scores = terms.scores
-        out["mu"] = drift(terms.gradient, sigma, self.rule.weight_decay, maximize=self.rule.maximize)
-        out["kappa"] = noise_curvature(terms.noise_curvature, sigma, lr)
-        out["lambda_sq"] = noise_strength(terms.noise, sigma, lr)
+        if noise.batch < 2:
+            caught.notes.append(BATCH_OF_ONE)
+        terms, sigma, square = noise.terms(spectrum), spectrum.sigma, caught.gain**2
+        self.scores = caught.gain * terms.scores
+        u, v = spectrum.u, spectrum.v
+        decay = -math.log1p(-lr * caught.decay) / lr if 0 < lr * caught.decay < 1 else caught.decay
+        out["mu"] = drift(float(u @ b @ v), sigma, decay)
+        out["gHg"] = float(hessian_pairing(spectrum, b @ v, b.T @ u))
+        if caught.bent is not None:
+            out["gHg"] += 2.0 * float(u @ caught.bent @ v)
+        out["kappa"] = noise_curvature(square * terms.noise_curvature, sigma, lr)
+        out["lambda_sq"] = noise_strength(square * terms.noise, sigma, lr)
         if self.split:
-            out["kappa_var"] = noise_curvature(terms.noise_curvature_var, sigma, lr)
-            out["lambda_sq_var"] = noise_strength(terms.noise_var, sigma, lr)
+            out["kappa_var"] = noise_curvature(square * terms.noise_curvature_var, sigma, lr)
+            out["lambda_sq_var"] = noise_strength(square * terms.noise_var, sigma, lr)
             _set_covariance_parts(out)
         return out
+
+
+def _bound(before: Spectrum, update: Tensor, size: float, row: Row) -> float:
+    """Certified bound of ``|dz - dz2|``.
+
+    Two statements hold together: the truth lies in ``[sigma + u^T D v, sigma + ||D||]`` (sigma is convex, and
+    Weyl), and, for the series with eps < 1, within its remainder (theory 1.9). Rounding is allowed for.
+    """
+    margin = 10.0 * max(before.matrices.shape[1:]) * 2.0**-52 * (before.sigma + size)
+    if row["mode"] == "exact":
+        return 0.0
+    estimate = before.sigma * math.exp(row["dz2"])
+    first = -size if before.triplet is None else float(before.u @ update @ before.v)
+    low, high = before.sigma + first - margin, before.sigma + size + margin
+    eps = row["eps"]
+    if row["mode"] == "series":
+        remainder = before.gap / 2 * eps**3 / (1 - eps) + margin
+        low, high = max(low, estimate - remainder), min(high, estimate + remainder)
+    if low <= 0.0:
+        return math.inf
+    return max(math.log(high / estimate), math.log(estimate / low), 0.0)
 
 
 def network_row(measurements: Sequence[Measurement]) -> Row:
@@ -114,25 +152,31 @@ def network_row(measurements: Sequence[Measurement]) -> Row:
     is the layers' joint effect in this step. ``gap`` is the smallest, ``eps`` the largest of the layers'.
     """
     rows = [measurement.row for measurement in measurements]
+    moving = [m for m in measurements if not m.caught.frozen]
     split = measurements[0].split
-    lr = max(row["lr"] for row in rows)
-    row: Row = {"layer": NETWORK, "lr": lr, "batch": rows[0]["batch"], "gHg": _NAN}
+    lr = max(m.row["lr"] for m in (moving or measurements))
+    batches = {m.row["batch"] for m in moving}
+    row: Row = {"layer": NETWORK, "lr": lr, "batch": max(batches, default=0), "gHg": _NAN}
     row["z"] = sum(r["z"] for r in rows)
     row["sigma"] = math.exp(row["z"]) if row["z"] < 700 else _NAN
     row["gap"], row["eps"] = _nan_min(r["gap"] for r in rows), -_nan_min(-r["eps"] for r in rows)
-    row |= {key: sum(r[key] for r in rows) for key in ("dz1", "dz2", "dz3", "dz")}
+    row |= {key: sum(r[key] for r in rows) for key in ("dz1", "dz2", "dz3", "dz", "bound", "remainder")}
+    row["mode"] = next(mode for mode in ("none", "exact", "cluster", "series") if mode in {r["mode"] for r in rows})
     share = [r["lr"] / lr if lr else 1.0 for r in rows]
     summed = ("mu", "kappa", *(("kappa_var", "lambda_sq_var") if split else ()))
+    summed += tuple(key for key in ("mu_ref",) if key in rows[0])
     row |= {key: sum(s * r[key] for s, r in zip(share, rows, strict=True)) for key in summed}
-    problems = [f"{r['layer']}: {r['status']}" for r in rows if r["status"] != "ok"]
+    problems = [f"{r['layer']}: {r['status']}" for r in rows if r["status"] not in ("ok", FROZEN)]
     row["lambda_sq"] = _NAN
-    scores = [m.scores for m in measurements if m.scores is not None]
-    if len({r["batch"] for r in rows}) > 1:
-        row["batch"] = max(r["batch"] for r in rows)
+    if len(batches) > 1:
         problems.append("layers saw different numbers of samples: no joint noise")
-    elif len(scores) == len(rows):
+    elif moving and all(m.scores is not None for m in moving):
         # In units of the largest learning rate, so that the variance of the step is lr * lambda_sq.
-        row["lambda_sq"] = lr * network_noise(scores, [r["sigma"] for r in rows], share)
+        scores = [m.scores for m in moving if m.scores is not None]
+        shares = [m.row["lr"] / lr if lr else 1.0 for m in moving]
+        row["lambda_sq"] = lr * network_noise(scores, [m.row["sigma"] for m in moving], shares)
+    elif not moving:
+        row["lambda_sq"] = 0.0
     if split:
         _set_covariance_parts(row)
     row["status"] = "; ".join(problems) or "ok"
@@ -149,6 +193,6 @@ def _log(x: float) -> float:
     return math.log(x) if x > 0 else _NAN
 
 
-def _nan_min(values: Any) -> float:
+def _nan_min(values: Iterable[float]) -> float:
     known = list(values)
     return _NAN if any(x != x for x in known) else min(known)

@@ -1,6 +1,9 @@
 """What the monitor raises when it is used wrongly; numerical trouble never raises, it is written into the rows."""
 
-__all__ = ["LipdynError", "NoBackwardError", "NoSupportedLayerError", "RunFolderExistsError", "UnownedParametersError"]
+__all__ = [
+    *("LayerReplacedError", "LipdynError", "NoBackwardError", "NoSupportedLayerError", "RunFolderExistsError"),
+    *("SilentHookError", "UnownedParametersError"),
+]
 
 
 class LipdynError(Exception):
@@ -17,6 +20,14 @@ class UnownedParametersError(LipdynError, ValueError):
 
 class NoBackwardError(LipdynError, RuntimeError):
     """The optimiser was stepped though no gradient had passed through any monitored layer."""
+
+
+class SilentHookError(LipdynError, RuntimeError):
+    """Gradients reached the weights, but no hook of the monitor was called: the model was compiled without them."""
+
+
+class LayerReplacedError(LipdynError, RuntimeError):
+    """A monitored layer, or its weight, is not the object it was when the monitor was attached."""
 
 
 class RunFolderExistsError(LipdynError, FileExistsError):

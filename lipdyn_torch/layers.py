@@ -1,7 +1,7 @@
 """Modules read as matrices: one registry, one rule per layer type.
 
 Index letters: ``i`` sample (M of them), ``t`` position (sequence element or output pixel), ``o`` row of the
-matrix (m outputs), ``n`` column (n inputs), ``c`` input channel, ``k`` kernel tap.
+matrix (m outputs), ``n`` column (n inputs), ``g`` group, ``c`` input channel, ``k`` kernel tap.
 
 For a layer whose output is linear in its weight, the loss gradient of sample i with respect to the weight
 matrix is ``G_i = sum_t delta_it x_it^T`` with x the layer's input patches and delta the gradient of the output.
@@ -11,49 +11,150 @@ Inputs and output gradients arrive in their own precision; everything is compute
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-__all__ = ["Conv2dRule", "LayerRule", "LinearRule", "find_rule", "register_rule", "unsupported_reason"]
+__all__ = ["Block", "EmbeddingRule", "LayerRule", "LinearRule", "find_rule", "register_rule", "unsupported_reason"]
 
-# Per-sample gradients exist only in the variance part, and never more than this many numbers at a time.
-_CHUNK_NUMBERS = 1 << 22
+# Where per-sample gradients must exist at all, never more than this many numbers at a time.
+CHUNK_NUMBERS = 1 << 22
 
 
-class LayerRule(Protocol):
-    """What the monitor must know about a layer type. All tensors are detached; M is the number of samples."""
+@dataclass(frozen=True)
+class Block:
+    """One matrix of a module: a part (a module may have several, each with its own row) and a group of it."""
+
+    part: str = ""
+    group: int = 0
+
+
+class LayerRule:
+    """What the monitor must know about a layer type; subclass it, and override `per_sample` at least.
+
+    All tensors given to a rule are detached; M is the number of samples. ``x`` is what `inputs` returned.
+
+    Examples
+    --------
+    A layer of one's own, its weight transposed, taught by the one line that says what a sample's gradient is:
+
+    >>> import torch
+    >>> class Transposed(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = torch.nn.Parameter(torch.randn(4, 3))
+    ...
+    ...     def forward(self, x):
+    ...         return x @ self.weight
+    >>> class TransposedRule(LayerRule):
+    ...     def per_sample(self, module, x, delta, block):
+    ...         yield torch.einsum("in,io->ino", x.double(), delta.double())
+    >>> register_rule(Transposed, TransposedRule())
+    >>> from lipdyn_torch import LipschitzMonitor
+    >>> model = Transposed()
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    >>> with LipschitzMonitor(model, optimizer) as monitor:
+    ...     model(torch.randn(8, 4)).square().sum().backward()
+    ...     optimizer.step()
+    >>> monitor.history.rows[0]["status"]
+    'ok'
+    """
+
+    #: How the report calls a layer read by this rule: "monitored" or "fallback".
+    label = "monitored"
+    #: The parameter that is the matrix.
+    parameter = "weight"
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Why this very module cannot be read, or None if it can."""
+        return None
 
-    def matrix(self, module: Any) -> Tensor:
-        """The weight as a float64 matrix (m, n), a copy."""
+    def parts(self, module: Any) -> tuple[str, ...]:
+        """Names of the module's matrices; each has a row ``<module>.<part>``, or ``<module>`` for part ""."""
+        return ("",)
 
-    def weight_matrix(self, module: Any, tensor: Tensor) -> Tensor:
-        """A tensor of the weight's shape (the gradient, say) as a float64 matrix (m, n), a copy."""
+    def parameters(self, module: Any, part: str) -> tuple[str, ...]:
+        """Names of the parameters the matrix is made of, relative to the module."""
+        return (self.parameter,)
 
-    def contract(self, module: Any, x: Tensor, delta: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``p_i = G_i v`` (M, m) and ``q_i = G_i^T u`` (M, n) from the layer's input and output gradient."""
+    def covers(self, module: Any) -> tuple[nn.Module, ...]:
+        """Submodules whose parameters are read through this module, not by themselves."""
+        return ()
 
-    def sum_of_squares(self, module: Any, x: Tensor, delta: Tensor) -> Tensor:
-        """``sum_i G_i o G_i`` (m, n), elementwise squares of the per-sample gradients."""
+    def matrices(self, module: Any, part: str, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors of the parameters' shapes (gradients, say) as matrices (g, m, n); linear in the tensors."""
+        return tensors[0].reshape(1, tensors[0].shape[0], -1)
+
+    def effective(self, module: Any, part: str, tensors: Sequence[Tensor]) -> Tensor:
+        """The parameters as matrices (g, m, n)."""
+        return self.matrices(module, part, tensors)
+
+    def second_order(self, module: Any, part: str, tensors: Sequence[Tensor]) -> Tensor | None:
+        """What a step of the parameters does to the matrices beyond `matrices`; None where that is all."""
+        return None
+
+    def inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What must be kept of a call until the gradient of its output is known; None if it cannot be read."""
+        x = args[0] if args else kwargs.get("input")
+        return x.detach() if isinstance(x, Tensor) else None
+
+    def output(self, module: Any, output: Any) -> Tensor | None:
+        """The tensor in the module's output whose gradient is ``delta``."""
+        return output if isinstance(output, Tensor) else None
+
+    def samples(self, module: Any, delta: Tensor) -> int:
+        """M: the first axis, unless the output is a single vector."""
+        return delta.shape[0] if delta.ndim > 1 else 1
+
+    def per_sample(self, module: Any, x: Any, delta: Tensor, block: Block) -> Iterator[Tensor]:
+        """``G_i`` (chunk, m, n), in chunks of samples, in order."""
+        raise NotImplementedError(f"{type(self).__name__}.per_sample")
+
+    def contract(
+        self,
+        module: Any,
+        x: Any,
+        delta: Tensor,
+        u: Tensor,
+        v: Tensor,
+        block: Block,
+        weights: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """``p_i = G_i v`` (M, m) and ``q_i = G_i^T u`` (M, n).
+
+        ``weights`` are elementwise factors of the parameters' shapes (Adam's ``1/(sqrt(vhat) + eps)``): with them,
+        ``W o G_i`` takes the place of ``G_i``. A rule whose matrix is not linear in its parameters returns two
+        more tensors (M, r), ``a`` and ``b``: a step ``h`` bends the matrix by ``h^2 B`` with ``u^T B v = a . b``.
+        """
+        W = self.weights(module, block, weights)
+        p, q = [], []
+        for G in self.per_sample(module, x, delta, block):
+            G = G if W is None else W * G
+            p.append(G @ v)
+            q.append(G.mT @ u)
+        return torch.cat(p), torch.cat(q)
+
+    def sum_of_squares(self, module: Any, x: Any, delta: Tensor, block: Block) -> Tensor | None:
+        """``sum_i G_i o G_i`` (m, n), or None where the matrix is not the parameter itself."""
+        return sum_of_squares(self.per_sample(module, x, delta, block))
+
+    def weights(self, module: Any, block: Block, weights: Sequence[Tensor] | None) -> Tensor | None:
+        """The elementwise factors as one matrix (m, n)."""
+        return None if weights is None else self.matrices(module, block.part, weights)[block.group]
 
 
-class _WeightRule:
-    """What rules share whose matrix is the module's ``weight`` with all but the first axis flattened."""
-
-    def matrix(self, module: Any) -> Tensor:
-        return self.weight_matrix(module, module.weight)
-
-    def weight_matrix(self, module: Any, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(torch.float64, copy=True).reshape(tensor.shape[0], -1)
+def sum_of_squares(per_sample: Iterator[Tensor]) -> Tensor:
+    """``sum_i G_i o G_i`` from chunks of per-sample gradients."""
+    total = next(per_sample).square().sum(0)
+    for G in per_sample:
+        total += G.square().sum(0)
+    return total
 
 
-class LinearRule(_WeightRule):
+class LinearRule(LayerRule):
     """``nn.Linear`` on vectors (M, n) or on sequences (M, ..., n), the sample being the whole sequence.
 
     A plain vector (n,) is a batch of one. The first axis is always taken as the sample axis.
@@ -64,119 +165,122 @@ class LinearRule(_WeightRule):
     >>> layer = torch.nn.Linear(3, 2)
     >>> x, delta = torch.ones(1, 3), torch.tensor([[1.0, 2.0]])
     >>> u, v = torch.eye(2, dtype=torch.float64)[1], torch.eye(3, dtype=torch.float64)[0]
-    >>> p, q = LinearRule().contract(layer, x, delta, u, v)  # G = delta x^T
+    >>> p, q = LinearRule().contract(layer, x, delta, u, v, Block())  # G = delta x^T
     >>> p.tolist(), q.tolist()
     ([[1.0, 2.0]], [[2.0, 2.0, 2.0]])
     """
 
-    def unsupported(self, module: nn.Module) -> str | None:
-        """Every linear layer can be read."""
-        return None
+    def contract(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        delta: Tensor,
+        u: Tensor,
+        v: Tensor,
+        block: Block,
+        weights: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """``p_i = sum_t delta_it (x_it . v)``, ``q_i = sum_t x_it (delta_it . u)``; theory 2.4 with weights."""
+        return ghost(self.positions(x), self.positions(delta), u, v, self.weights(module, block, weights))
 
-    def contract(self, module: nn.Linear, x: Tensor, delta: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``p_i = sum_t delta_it (x_it . v)``, ``q_i = sum_t x_it (delta_it . u)``."""
-        x, delta = self._positions(x), self._positions(delta)
-        p = torch.einsum("ito,it->io", delta, x @ v)
-        q = torch.einsum("itn,it->in", x, delta @ u)
-        return p, q
-
-    def sum_of_squares(self, module: nn.Linear, x: Tensor, delta: Tensor) -> Tensor:
+    def sum_of_squares(self, module: nn.Module, x: Tensor, delta: Tensor, block: Block) -> Tensor:
         """``(delta o delta)^T (x o x)`` for vectors; per-sample gradients in chunks for sequences."""
-        x, delta = self._positions(x), self._positions(delta)
-        if x.shape[1] == 1:  # one position: the square of an outer product is the outer product of squares
-            return delta[:, 0].square().T @ x[:, 0].square()
-        return _chunked_squares(delta, x)
+        a, d = self.positions(x), self.positions(delta)
+        if a.shape[1] == 1:  # one position: the square of an outer product is the outer product of squares
+            return d[:, 0].square().T @ a[:, 0].square()
+        return sum_of_squares(self.per_sample(module, x, delta, block))
+
+    def per_sample(self, module: nn.Module, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
+        """``G_i = sum_t delta_it x_it^T``."""
+        x, delta = self.positions(x), self.positions(delta)
+        for chunk in chunks(len(x), delta.shape[-1] * x.shape[-1]):
+            yield torch.einsum("ito,itn->ion", delta[chunk], x[chunk])
 
     @staticmethod
-    def _positions(a: Tensor) -> Tensor:
+    def positions(a: Tensor) -> Tensor:
         """(n,), (M, n) or (M, ..., n) to float64 (M, T, n)."""
         a = a.to(torch.float64)
         return a.reshape(1, 1, -1) if a.ndim == 1 else a.reshape(a.shape[0], -1, a.shape[-1])
 
 
-class Conv2dRule(_WeightRule):
-    """``nn.Conv2d``, read as its reshaped kernel (co, ci kh kw), with any stride, padding and dilation.
+def ghost(x: Tensor, delta: Tensor, u: Tensor, v: Tensor, W: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``p_i = (W o G_i) v``, ``q_i = (W o G_i)^T u`` for ``G_i = sum_t delta_it x_it^T``, never formed (theory 2.4).
 
-    The norm of this matrix is a lower bound of the norm of the convolution operator (theory 3.1).
+    ``x`` is (M, T, n) and ``delta`` (M, T, m), in float64.
     """
+    if W is None:
+        return torch.einsum("ito,it->io", delta, x @ v), torch.einsum("itn,it->in", x, delta @ u)
+    p, q = [], []
+    for chunk in chunks(len(x), x.shape[1] * (x.shape[2] + delta.shape[2])):
+        p.append((delta[chunk] * ((x[chunk] * v) @ W.T)).sum(1))
+        q.append((x[chunk] * ((delta[chunk] * u) @ W)).sum(1))
+    return torch.cat(p), torch.cat(q)
+
+
+def double(tensor: Tensor) -> Tensor:
+    """A dense float64 copy, without graph."""
+    tensor = tensor.detach()
+    return (tensor.to_dense() if tensor.is_sparse else tensor).to(torch.float64, copy=True)
+
+
+class EmbeddingRule(LayerRule):
+    """``nn.Embedding``: the table (entries, features); a sample is everything along the first axis of the indices."""
 
     def unsupported(self, module: nn.Module) -> str | None:
-        """Grouped convolutions are several matrices."""
-        groups = getattr(module, "groups", 1)
-        return None if groups == 1 else f"convolution with groups={groups}, only groups=1 is read"
+        """Options that change the table in the forward pass, or mix samples."""
+        if getattr(module, "max_norm", None) is not None:
+            return "embedding with max_norm: the forward pass changes the table"
+        if getattr(module, "scale_grad_by_freq", False):
+            return "embedding with scale_grad_by_freq: gradients of samples depend on each other"
+        return None
 
-    def contract(self, module: nn.Conv2d, x: Tensor, delta: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``p_i = sum_t delta_it conv(x_i; v)_t``; ``q_i`` the kernel gradient for output gradient ``u . delta_i``."""
-        x, delta = self._padded(module, x), self._batched(delta)
-        kernel = v.reshape(1, *module.weight.shape[1:])
-        response = functional.conv2d(x, kernel, stride=module.stride, dilation=module.dilation)[:, 0]
-        p = torch.einsum("iohw,ihw->io", delta, response)
-        # q_i is the kernel gradient of a one-channel convolution: correlate each input channel with
-        # u . delta_i laid out at the places every kernel tap reads. Only one channel is ever unfolded.
-        placed = self._taps(module, torch.einsum("iohw,o->ihw", delta, u), x.shape[-2:])
-        q = torch.einsum("ics,isk->ick", x.flatten(2), placed)
-        return p, q.flatten(1)
+    def contract(
+        self,
+        module: nn.Embedding,
+        x: Tensor,
+        delta: Tensor,
+        u: Tensor,
+        v: Tensor,
+        block: Block,
+        weights: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """``p_i`` collects ``delta_it . v`` at the entries read, ``q_i = sum_t u[x_it] delta_it``."""
+        index, delta = self._read(module, x, delta)
+        W = self.weights(module, block, weights)
+        if W is not None:
+            delta = delta * W[index]
+        p = delta.new_zeros(len(index), module.num_embeddings).scatter_add_(1, index, delta @ v)
+        return p, torch.einsum("it,itn->in", u[index], delta)
 
-    def sum_of_squares(self, module: nn.Conv2d, x: Tensor, delta: Tensor) -> Tensor:
-        """Per-sample kernel gradients, a chunk of samples at a time."""
-        x, delta = self._padded(module, x), self._batched(delta)
-        total = delta.new_zeros(delta.shape[1], module.weight[0].numel())
-        for chunk in _chunks(len(x), module.weight.numel() + x[0].numel() * module.weight[0, 0].numel()):
-            patches = functional.unfold(
-                x[chunk], module.kernel_size, dilation=module.dilation, stride=module.stride
-            )  # (chunk, n, positions)
-            total += torch.einsum("iot,int->ion", delta[chunk].flatten(2), patches).square().sum(0)
-        return total
+    def samples(self, module: nn.Module, delta: Tensor) -> int:
+        """The first axis of the indices; a plain sequence of indices is as many samples."""
+        return delta.shape[0] if delta.ndim > 1 else 1
 
-    @staticmethod
-    def _batched(a: Tensor) -> Tensor:
-        a = a.to(torch.float64)
-        return a if a.ndim == 4 else a[None]
-
-    @classmethod
-    def _padded(cls, module: nn.Conv2d, x: Tensor) -> Tensor:
-        """The input as the kernel sees it: batched, float64, padded; the convolution then has no padding."""
-        width: list[int] = []  # F.pad wants the last axis first
-        for axis in (1, 0):
-            if module.padding == "same":
-                total = module.dilation[axis] * (module.kernel_size[axis] - 1)
-                width += [total // 2, total - total // 2]
-            elif module.padding == "valid":
-                width += [0, 0]
-            else:
-                width += [int(module.padding[axis])] * 2
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        return functional.pad(cls._batched(x), width, mode=mode) if any(width) else cls._batched(x)
+    def per_sample(self, module: nn.Embedding, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
+        """``G_i``: row ``x_it`` holds the sum of the ``delta_it``."""
+        index, delta = self._read(module, x, delta)
+        for chunk in chunks(len(index), module.weight.numel()):
+            G = delta.new_zeros(len(index[chunk]), *module.weight.shape)
+            where = index[chunk][..., None].expand_as(delta[chunk])
+            yield G.scatter_add_(1, where, delta[chunk])
 
     @staticmethod
-    def _taps(module: nn.Conv2d, t: Tensor, size: torch.Size) -> Tensor:
-        """(M, h, w) to (M, H W, kh kw): column k holds ``t`` at the input pixels that tap k reads."""
-        (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
-        samples, h, w = t.shape
-        placed = t.new_zeros(samples, *size, kh, kw)
-        for a in range(kh):
-            for b in range(kw):
-                rows = slice(a * dh, a * dh + (h - 1) * sh + 1, sh)
-                columns = slice(b * dw, b * dw + (w - 1) * sw + 1, sw)
-                placed[:, rows, columns, a, b] = t
-        return placed.reshape(samples, size[0] * size[1], kh * kw)
+    def _read(module: nn.Embedding, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices (M, T) and gradients (M, T, n) in float64; the padding entry learns nothing."""
+        index = x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
+        delta = delta.to(torch.float64).reshape(*index.shape, -1)
+        if module.padding_idx is not None:
+            delta = delta * (index != module.padding_idx)[..., None]
+        return index, delta
 
 
-def _chunks(samples: int, numbers_per_sample: int) -> Iterator[slice]:
-    """Slices of the sample axis that hold at most about ``_CHUNK_NUMBERS`` numbers each."""
-    width = max(1, _CHUNK_NUMBERS // max(1, numbers_per_sample))
+def chunks(samples: int, numbers_per_sample: int) -> Iterator[slice]:
+    """Slices of the sample axis that hold at most about ``CHUNK_NUMBERS`` numbers each."""
+    width = max(1, CHUNK_NUMBERS // max(1, numbers_per_sample))
     return (slice(start, start + width) for start in range(0, samples, width))
 
 
-def _chunked_squares(delta: Tensor, x: Tensor) -> Tensor:
-    """``sum_i (sum_t delta_it x_it^T)^2`` elementwise, for (M, T, m) and (M, T, n)."""
-    total = delta.new_zeros(delta.shape[-1], x.shape[-1])
-    for chunk in _chunks(len(x), total.numel()):
-        total += torch.einsum("ito,itn->ion", delta[chunk], x[chunk]).square().sum(0)
-    return total
-
-
-_RULES: dict[type[nn.Module], LayerRule] = {nn.Linear: LinearRule(), nn.Conv2d: Conv2dRule()}
+_RULES: dict[type[nn.Module], LayerRule] = {nn.Linear: LinearRule(), nn.Embedding: EmbeddingRule()}
 
 
 def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
@@ -199,7 +303,7 @@ def find_rule(module: nn.Module) -> LayerRule | None:
     return next((_RULES[base] for base in type(module).__mro__ if base in _RULES), None)
 
 
-def unsupported_reason(module: nn.Module) -> str | None:
+def unsupported_reason(module: nn.Module, rule: LayerRule | None = None) -> str | None:
     """Why a module that owns parameters cannot be read, or None if it can.
 
     Examples
@@ -210,12 +314,18 @@ def unsupported_reason(module: nn.Module) -> str | None:
     >>> unsupported_reason(torch.nn.BatchNorm2d(4))
     'no rule for BatchNorm2d'
     """
-    rule = find_rule(module)
+    rule = rule or find_rule(module)
     if rule is None:
         return f"no rule for {type(module).__name__}"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed from other parameters (a parametrisation)"
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        return "its weight has no shape yet; run one forward pass first"
-    return rule.unsupported(module)
+    reason = rule.unsupported(module)
+    if reason is not None:
+        return reason
+    for part in rule.parts(module):
+        for path in rule.parameters(module, part):
+            owner, _, name = path.rpartition(".")
+            parameter = module.get_submodule(owner)._parameters.get(name)
+            if parameter is None:
+                return "its weight is computed from other parameters (a parametrisation)"
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                return "its weight has no shape yet; run one forward pass first"
+    return None

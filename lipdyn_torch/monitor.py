@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,11 +13,14 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lipdyn_torch._hooks import Watch
-from lipdyn_torch._measure import Measurement, UpdateRule, network_row
-from lipdyn_torch.errors import NoBackwardError, NoSupportedLayerError, UnownedParametersError
-from lipdyn_torch.history import NETWORK, History, Sink
-from lipdyn_torch.layers import find_rule, unsupported_reason
+import lipdyn_torch.convolution_rules  # noqa: F401  (registers its rules)
+from lipdyn_torch._collect import Caught, collect, settle
+from lipdyn_torch._hooks import Switch, listen
+from lipdyn_torch._measure import Measurement, network_row
+from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
+from lipdyn_torch.history import History, Sink
+from lipdyn_torch.schedule import Schedule
+from lipdyn_torch.survey import Report, replaced, survey
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,24 +28,30 @@ if TYPE_CHECKING:
 __all__ = ["LipschitzMonitor"]
 
 BATCH_NORM = "BatchNorm mixes samples in training: noise terms are heuristic"
+CLEARED = "step skipped: gradients were cleared without a step"
 
 
 class LipschitzMonitor:
     r"""Record how, and why, the Lipschitz bound ``K = prod sigma_l`` of a network moves while it is trained.
 
-    Training goes on exactly as before: parameters, gradients and random numbers stay bitwise the same. Two
-    hooks do the work, one on every `torch.nn.Linear` and `torch.nn.Conv2d` (theory 2.4), one on
-    ``optimizer.step``. All analysis is in float64 on the tensors' device.
+    Training goes on exactly as before: parameters, gradients and random numbers stay bitwise the same. Hooks on
+    the modules whose weights are matrices, on the weights' gradients and on ``optimizer.step`` do the work (theory
+    2.4). All analysis is in float64 on the tensors' device.
 
     Parameters
     ----------
     model : nn.Module
-        Layers whose weight is trained by ``optimizer`` are monitored; `layers` and `skipped` say which.
+        `report` says how each of its modules is read. Weights that are frozen have rows with sigma only; weights
+        of another optimiser are left out. What `torch.compile` returned runs uncompiled on measured steps.
     optimizer : torch.optim.Optimizer
-        Changes along the path (``dz1`` ... ``dz``) are right for every optimiser. Drift and noise are those of
-        `torch.optim.SGD` without momentum; for others they are NaN and the status says so.
-    every : int
-        Measure every so many steps; between them the hooks do nothing.
+        Drift and noise are those of the long run of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop`
+        (`lipdyn_torch.optimizers`); for others they are NaN. Changes along the path are right for every optimiser.
+    every : int or "auto"
+        Measure every so many steps, or as often as ``budget`` allows; between them the hooks do nothing.
+    budget : float
+        With "auto", per cent of the step time that measuring may take, as timed on the run.
+    warmup : int
+        Measure none of the first so many steps.
     noise : {"full", "split"}
         "split" adds the parts due to the variances and the covariances of the weights' gradients (theory 2.4).
     conv : {"matrix"}
@@ -58,8 +68,8 @@ class LipschitzMonitor:
     history : History
         Rows with the columns below; ``history.to_pandas()`` is the table.
     layers : list of str
-        Monitored layers, by their names in ``named_modules()``; a model that is itself a layer goes by the
-        name of its class.
+        Names of the rows, which are those of ``named_modules()``; a model that is itself a layer goes by the
+        name of its class, and a module with several matrices adds a part: ``attention.q``.
     skipped : dict
         Modules with parameters that are not monitored, and why.
 
@@ -68,31 +78,38 @@ class LipschitzMonitor:
     One row per monitored step and layer, and one with layer "network":
 
     ======================  =====================================================================================
-    ``step, layer``         optimiser steps since attaching (0 is the first); name
+    ``step, layer``         optimiser steps since attaching (0 is the first); name. A step that a loss scaler
+                            skipped counts, and has rows without forces
     ``lr, batch``           learning rate of this step; number of samples M
     ``sigma, gap``          largest singular value before the step; its isolation distance d (theory 1.9).
                             In the network row ``sigma`` is K and ``gap`` the smallest
     ``eps``                 ``2 ||D||_2 / d`` for the update D; expansions are certified below 1. Network: largest
-    ``mu``                  drift ``-<J, gbar>/sigma`` (with weight decay), per unit of SDE time: a step takes ``lr``
-    ``kappa``               ``lr <H, Sigma> / (2 sigma)``, per unit of SDE time
-    ``lambda_sq``           ``lr J^T Sigma J / sigma^2``, per unit of SDE time. Network: all covariances between
+    ``mu``                  drift ``<J, b> / (lr sigma)`` with b the long-run effect of this step's gradient and of
+                            weight decay (theory 5), per unit of SDE time: a step takes ``lr``
+    ``kappa``               ``<H, C> / (2 lr sigma)``, C the covariance of a step's long-run effect; per unit of
+                            SDE time
+    ``lambda_sq``           ``J^T C J / (lr sigma^2)``, per unit of SDE time. Network: all covariances between
                             layers included (theory 2.9)
-    ``*_var, *_cov``        with ``noise="split"``: parts from the diagonal of Sigma, and the signed rest
-    ``gHg``                 ``D^2 sigma[gbar, gbar]``, per unit of squared step; layers only
-    ``dz1, dz2, dz3``       change of log sigma along the actual update to order 1, 2, 3, as ``log1p(r)``
+    ``*_var, *_cov``        with ``noise="split"``: parts from the diagonal of C, and the signed rest
+    ``gHg``                 ``D^2 sigma[b, b] / lr^2``; layers only
+    ``mode``                how dz1 ... dz3 were made: "series" (eps < 1), "cluster" (theory 2.8), "exact", "none"
+    ``dz1, dz2, dz3``       change of log sigma along the actual update to order 1, 2, 3
     ``dz``                  observed change of log sigma in this step
+    ``remainder, bound``    ``dz - dz2``, and its certified bound
     ``z``                   log sigma before the step, so ``z + dz`` is after it. Network: ``log K``
-    ``status``              "ok", or why terms are NaN or to be taken with care
+    ``status``              "ok", "frozen", or why terms are NaN or to be taken with care
     ======================  =====================================================================================
 
-    The batch is the first axis of a layer's input. Several backward passes before a step count as one batch.
+    The batch is the first axis of a layer's input. Several backward passes before a step count as one batch;
+    several uses of a weight in one backward pass are paired sample by sample and added.
 
     Raises
     ------
     NoSupportedLayerError, UnownedParametersError
         There is nothing to monitor.
-    NoBackwardError
-        From ``optimizer.step()``: no gradient has passed through any monitored layer since the last step.
+    NoBackwardError, SilentHookError, LayerReplacedError
+        From ``optimizer.step()``: no gradient has passed through any monitored layer since the last step; or one
+        has, past the hooks; or a layer is no longer the one the monitor was attached to.
 
     Examples
     --------
@@ -119,7 +136,9 @@ class LipschitzMonitor:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        every: int = 1,
+        every: int | str = 1,
+        budget: float = 5.0,
+        warmup: int = 0,
         noise: str = "full",
         conv: str = "matrix",
         sampling: str = "shuffle",
@@ -128,15 +147,22 @@ class LipschitzMonitor:
     ) -> None:
         sinks = list(sinks)
         _check_types(model, optimizer, sinks)
-        _check_settings(every, noise, conv, sampling, dataset_size)
-        self._split = noise == "split"
-        self._every = every
+        _check_settings(every, budget, warmup, noise, conv, sampling, dataset_size)
+        self._model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        self._compiled = self._model is not model or any(m._compiled_call_impl is not None for m in model.modules())
         self._optimizer = optimizer
-        self._is_sgd = isinstance(optimizer, torch.optim.SGD)
+        self._split = noise == "split"
+        self._schedule = Schedule(every, budget, warmup)
         self._step = 0
+        self._clock: float | None = None
         self._pending: list[Measurement] | None = None
-        self._watches, self.skipped = _find_layers(model, optimizer, self._split)
-        self._batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._switch = Switch(discard=self._discard)
+        # What a preconditioner does to a sample is known at the step only; so is which calls share a weight.
+        hold = self._split or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.RMSprop)
+        self._survey = survey(self._model, optimizer, self._switch, hold)
+        self._watches = self._survey.watches
+        self._batch_norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.skipped = self._survey.skipped
         self.history = History(
             meta={
                 **{"optimizer": type(optimizer).__name__, "every": every, "noise": noise, "conv": conv},
@@ -147,13 +173,16 @@ class LipschitzMonitor:
         self._sinks = sinks
         for sink in self._sinks:
             sink.start(self.history.meta)
-        self._handles: list[RemovableHandle] = [watch.attach() for watch in self._watches]
+        self._handles: list[RemovableHandle] = [tap.attach() for tap in self._survey.taps]
+        for watch in self._watches:
+            self._handles += listen(watch, self._switch)
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._turn(self._schedule.due(0))
 
     @property
     def layers(self) -> list[str]:
-        """Names of the monitored layers."""
+        """Names of the rows' layers."""
         return [watch.name for watch in self._watches]
 
     @property
@@ -164,20 +193,72 @@ class LipschitzMonitor:
             return last["z"] + last["dz"]
         return sum(math.log(w.spectrum.sigma) if w.spectrum.sigma > 0 else math.nan for w in self._watches)
 
+    def report(self) -> Report:
+        """Every module that owns parameters: monitored, read by the fallback, or skipped and why.
+
+        Examples
+        --------
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+        >>> with LipschitzMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1)) as monitor:
+        ...     print(monitor.report())
+        module  type       how        detail
+        0       Linear     monitored  8 x 4
+        1       LayerNorm  skipped    no rule for LayerNorm
+        2       Linear     monitored  2 x 8
+        """
+        return Report(self._survey.entries)
+
     def plot(self) -> Figure:
         """The run in one figure: log K against the predictors, their errors, and the forces layer by layer."""
         from lipdyn_torch.plots import summary_figure
 
         return summary_figure(self.history)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on after a restart: rows, step, schedule. Save it beside model and optimiser.
+
+        Examples
+        --------
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 2)
+        >>> monitor = LipschitzMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1), every=5)
+        >>> state = monitor.state_dict()
+        >>> monitor.load_state_dict(state)
+        >>> monitor.close()
+        """
+        return {
+            **{"version": 1, "step": self._step, "history": self.history.state_dict()},
+            **{"schedule": self._schedule.state_dict()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a run where `state_dict` left it; load model and optimiser first.
+
+        Raises
+        ------
+        lipdyn_torch.history.ResumeError
+            The state is of another model, or was measured otherwise.
+        """
+        self.history.load_state_dict(state["history"])
+        self._step = int(state["step"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._clock = self._pending = None
+        for watch in self._watches:
+            watch.forget()
+            watch.refresh()
+        self._turn(self._schedule.due(self._step))
+
     def close(self) -> None:
         """Take every hook off and close the sinks; the history stays. Closing twice is harmless."""
+        attached = bool(self._handles)
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self._pending = None
+        if attached:
+            self._turn(False)
         for watch in self._watches:
-            watch.active = False
             watch.forget()
         for sink in self._sinks:
             sink.close()
@@ -195,101 +276,126 @@ class LipschitzMonitor:
         state = "attached" if self._handles else "closed"
         return f"LipschitzMonitor({len(self._watches)} layers, {self._step} steps seen, {state})"
 
-    def _due(self) -> bool:
-        return self._step % self._every == 0
+    def _turn(self, on: bool) -> None:
+        """Switch the hooks; a compiled model runs its Python, hooks included, on measured steps."""
+        self._switch.on = on
+        if self._compiled:
+            torch.compiler.set_stance("force_eager" if on else "default")
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read gradients, learning rates and noise while the weights are still the old ones."""
         self._pending = None
+        if not self._schedule.due(self._step):
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        # With a closure the backward pass happens inside the step; the reading then waits until after it.
-        if self._due() and closure is None:
+        if closure is None:
             self._pending = self._read()
+            return None
+        # With a closure the backward pass happens inside the step: read at its end, before the optimiser acts.
+        for watch in self._watches:
+            watch.forget()
+        watched = self._reading(closure)
+        return ((args[0], watched, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": watched})
+
+    def _reading(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure, followed by a reading the first time it is called."""
+
+        def watched() -> Any:
+            loss = closure()
+            if self._pending is None:
+                self._pending = self._read()
+                self._switch.on = False
+            return loss
+
+        return watched
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compare with the new weights and write the rows."""
-        if self._due():
-            measurements = self._pending if self._pending is not None else self._read(after_closure=True)
-            for watch in self._watches:
-                watch.refresh()
-            rows = [m.complete(w.spectrum) for m, w in zip(measurements, self._watches, strict=True)]
-            rows.append(network_row(measurements))
-            rows = [{"step": self._step, **row} for row in rows]
-            self.history.extend(rows)
-            for sink in self._sinks:
-                sink.write(rows)
+        due = self._schedule.due(self._step)
+        if due and self._pending is not None:
+            self._write(self._pending)
         self._pending = None
+        self._finish(due)
+
+    def _finish(self, measured: bool) -> None:
+        """Count the step and decide on the next."""
+        now = time.perf_counter()
+        if self._clock is not None:
+            self._schedule.note(now - self._clock, measured)
+        self._schedule.finished(self._step)
         self._step += 1
-        for watch in self._watches:
-            watch.active = self._due()
+        due = self._schedule.due(self._step)
+        if due or measured:
+            self._turn(due)
+        self._clock = time.perf_counter()
 
     @torch.no_grad()
-    def _read(self, after_closure: bool = False) -> list[Measurement]:
-        if not any(watch.samples for watch in self._watches):
-            raise NoBackwardError(
-                f"expected a backward pass through a monitored layer ({', '.join(self.layers)}) before "
-                f"optimizer.step(), got none since the last step (step {self._step}); call loss.backward() first, "
-                "on the model the monitor was given, or close the monitor"
-            )
-        measurements = []
+    def _write(self, measurements: list[Measurement]) -> None:
         for watch in self._watches:
-            noise, batch, problems = watch.collect(refresh=not after_closure)
-            if noise is not None and any(norm.training for norm in self._batch_norms):
-                problems = [BATCH_NORM]
-            rule = UpdateRule.of(type(self._optimizer).__name__, self._is_sgd, watch.group)
-            measurements.append(Measurement(watch.name, watch.spectrum, noise, batch, rule, self._split, problems))
-        return measurements
+            watch.refresh()
+        rows = [m.complete(m.caught.watch.spectrum) for m in measurements]
+        rows.append(network_row(measurements))
+        rows = [{"step": self._step, **row} for row in rows]
+        self.history.extend(rows)
+        for sink in self._sinks:
+            sink.write(rows)
 
-
-def _find_layers(model: nn.Module, optimizer: Optimizer, split: bool) -> tuple[list[Watch], dict[str, str]]:
-    """Watches for the layers that can be read, and the reasons for all other modules with parameters."""
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    watches: dict[int, Watch] = {}
-    skipped: dict[str, str] = {}
-    readable = 0
-    for path, module in model.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)):
-            continue
-        name = _row_name(path, module)
-        reason = unsupported_reason(module)
-        weight = module._parameters.get("weight")
-        rule = find_rule(module)
-        if reason is not None or weight is None or rule is None:
-            skipped[name] = reason or "no weight"
-            continue
-        readable += 1
-        if id(weight) in watches:
-            first = watches[id(weight)]
-            skipped[name] = f"shares its weight with {first.name}"
-            first.standing_problem = f"weight is shared with {name}: contributions of several layers"
-        elif not weight.requires_grad:
-            skipped[name] = "frozen"
-        elif id(weight) not in groups:
-            skipped[name] = "its weight is not in the optimizer"
-        else:
-            watches[id(weight)] = Watch(name, module, rule, weight, groups[id(weight)], split)
-    if not readable:
-        raise NoSupportedLayerError(
-            f"expected a model with at least one Linear or Conv2d layer, got {_describe(model, skipped)}; "
-            "teach the monitor your layer with lipdyn_torch.layers.register_rule"
+    def _discard(self) -> None:
+        """Gradients were cleared without a step; if they had been made, that is a step skipped, and gets rows."""
+        skipped = any(watch.accumulated for watch in self._watches)
+        batch = max(sum(p.samples for p in watch.merged(self._switch.outer)) for watch in self._watches)
+        for watch in self._watches:
+            watch.forget()
+        self._switch.outer.clear()
+        if not skipped:
+            return
+        lr = max(float(group["lr"]) for group in self._optimizer.param_groups)
+        self._write(
+            [
+                Measurement(
+                    Caught(w, w.spectrum, lr, batch, not w.trained, [CLEARED] if w.trained else []), self._split
+                )
+                for w in self._watches
+            ]
         )
-    if not watches:
-        raise UnownedParametersError(
-            f"expected an optimizer that trains a layer of the model, got {type(optimizer).__name__} with "
-            f"{len(groups)} parameters, none of them a weight of {_describe(model, skipped)}; "
-            "make the optimizer from model.parameters() of this very model"
+        self._finish(True)
+
+    @torch.no_grad()
+    def _read(self) -> list[Measurement]:
+        name = replaced(self._model, self._survey.paths, self._watches)
+        if name is not None:
+            raise LayerReplacedError(
+                f"expected layer {name!r} to be the one the monitor was attached to, got another layer or weight; "
+                "close the monitor and attach a new one"
+            )
+        self._check_alive()
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        outer = self._switch.outer
+        caught = [collect(watch, self._optimizer, groups, outer, self._split) for watch in self._watches]
+        outer.clear()
+        settle(caught)
+        if any(norm.training for norm in self._batch_norms):
+            for layer in caught:
+                if layer.noise is not None:
+                    layer.notes.append(BATCH_NORM)
+        return [Measurement(layer, self._split) for layer in caught]
+
+    def _check_alive(self) -> None:
+        """Some hook must have spoken."""
+        trained = [watch for watch in self._watches if watch.trained]
+        if any(watch.passes for watch in trained):
+            return
+        if any(watch.accumulated for watch in trained):
+            raise SilentHookError(
+                f"expected the hooks on {', '.join(w.name for w in trained)} to see the backward pass, but gradients "
+                "came past them; if the model is compiled, give the monitor what torch.compile returned, "
+                "and make the monitor before the first training step"
+            )
+        raise NoBackwardError(
+            f"expected a backward pass through a monitored layer ({', '.join(self.layers)}) before "
+            f"optimizer.step(), got none since the last step (step {self._step}); call loss.backward() first, "
+            "on the model the monitor was given, or close the monitor"
         )
-    return list(watches.values()), skipped
-
-
-def _row_name(path: str, module: nn.Module) -> str:
-    name = path or type(module).__name__
-    return name if name != NETWORK else f"{name}.weight"  # that name belongs to the sum over the layers
-
-
-def _describe(model: nn.Module, skipped: dict[str, str]) -> str:
-    reasons = ", ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8])
-    return f"{type(model).__name__} ({reasons or 'no parameters'})"
 
 
 def _check_types(model: object, optimizer: object, sinks: list[Any]) -> None:
@@ -302,13 +408,23 @@ def _check_types(model: object, optimizer: object, sinks: list[Any]) -> None:
             raise ValueError(f"expected sinks with start, write and close, got {sink!r}; wrap a path in JsonLinesSink")
 
 
-def _check_settings(every: object, noise: object, conv: object, sampling: object, dataset_size: object) -> None:
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        raise ValueError(f"expected every to be a whole number of steps, at least 1, got {every!r}")
+def _check_settings(
+    every: object, budget: object, warmup: object, noise: object, conv: object, sampling: object, dataset_size: object
+) -> None:
+    if every != "auto" and not _whole(every, 1):
+        raise ValueError(f"expected every to be a whole number of steps, at least 1, or 'auto', got {every!r}")
+    if not isinstance(budget, int | float) or not budget > 0:
+        raise ValueError(f"expected budget to be a positive number of per cent, got {budget!r}")
+    if not _whole(warmup, 0):
+        raise ValueError(f"expected warmup to be a whole number of steps, got {warmup!r}")
     choices = {"noise": (noise, ("full", "split")), "conv": (conv, ("matrix",))}
     choices["sampling"] = (sampling, ("shuffle", "iid"))
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"expected {name} to be {' or '.join(map(repr, allowed))}, got {value!r}")
-    if dataset_size is not None and (not isinstance(dataset_size, int) or dataset_size < 1):
+    if dataset_size is not None and not _whole(dataset_size, 1):
         raise ValueError(f"expected dataset_size to be a positive whole number or None, got {dataset_size!r}")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

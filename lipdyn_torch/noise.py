@@ -4,10 +4,14 @@ Index letters: ``i`` sample (M of them), ``m`` outputs, ``n`` inputs. ``G_i`` is
 scaled so that the mean over the batch is the gradient the optimiser sees; ``Sigma`` is the covariance of that
 mean, ``Sigma = 1/(M(M-1)) sum_i vec(G_i - Gbar) vec(G_i - Gbar)^T``. Neither is ever formed: only
 ``p_i = G_i v``, ``q_i = G_i^T u`` and, for the variance part, ``sum_i G_i o G_i`` are kept.
+
+With an elementwise preconditioner W, ``W o G_i`` takes the place of ``G_i`` throughout.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor
 
 from lipdyn_torch._bridge import Spectrum, hessian_diagonal, hessian_pairing
 
-__all__ = ["GradientNoise", "NoiseTerms"]
+__all__ = ["GradientNoise", "NoiseTerms", "common_factor"]
 
 _NAN = float("nan")
 
@@ -62,6 +66,9 @@ class GradientNoise:
         ``sum_i G_i o G_i``, needed for the variance part only.
     mean : Tensor (m, n), optional
         ``Gbar``, needed for the variance part only.
+    bend : pair of Tensor (M, r), optional
+        Where the matrix is not linear in its parameters: factors ``a_i``, ``b_i`` of what a step adds in the second
+        order, ``u^T B_i v = a_i . b_i``.
 
     Examples
     --------
@@ -82,17 +89,28 @@ class GradientNoise:
     q: Tensor
     squares: Tensor | None = None
     mean: Tensor | None = None
+    bend: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def from_contributions(
-        cls, p: Tensor, q: Tensor, squares: Tensor | None = None, mean: Tensor | None = None
+        cls,
+        p: Tensor,
+        q: Tensor,
+        squares: Tensor | None = None,
+        mean: Tensor | None = None,
+        bend: tuple[Tensor, Tensor] | None = None,
     ) -> GradientNoise:
         """From what each sample *contributed* to the gradient: contributions sum to it, so ``G_i`` is M times one.
 
         This holds for losses averaged and summed over the batch, and for accumulated micro-batches, alike.
         """
-        samples = len(p)
-        return cls(samples * p, samples * q, None if squares is None else samples**2 * squares, mean)
+        return cls(p, q, squares, mean, bend).scaled(len(p))
+
+    def scaled(self, factor: float) -> GradientNoise:
+        """The samples' gradients times a factor; ``mean``, which was seen by itself, stays."""
+        squares = None if self.squares is None else factor**2 * self.squares
+        bend = None if self.bend is None else (factor * self.bend[0], factor * self.bend[1])
+        return GradientNoise(factor * self.p, factor * self.q, squares, self.mean, bend)
 
     @property
     def batch(self) -> int:
@@ -105,7 +123,7 @@ class GradientNoise:
         Compared where it matters: on ``gradient v`` and ``gradient^T u``. NaN if anything is not finite.
         """
         worst = 0.0
-        for samples, whole in ((self.p, gradient @ spectrum.v), (self.q, gradient.T @ spectrum.u)):
+        for samples, whole in self._pairs(gradient, spectrum):
             size = float(torch.linalg.vector_norm(samples, dim=-1).mean() + torch.linalg.vector_norm(whole))
             error = float(torch.linalg.vector_norm(samples.mean(0) - whole))
             if size > 0.0:
@@ -113,6 +131,26 @@ class GradientNoise:
             if worst != worst:
                 return _NAN
         return worst
+
+    def factor(self, gradient: Tensor, spectrum: Spectrum) -> tuple[float, float]:
+        """The number c for which the samples' mean times c is nearest to ``gradient``, and its standard error."""
+        product = square = rest = 0.0
+        entries = 0
+        for samples, whole in self._pairs(gradient, spectrum):
+            size = float(torch.linalg.vector_norm(samples, dim=-1).mean()) or 1.0
+            product += float((samples.mean(0) / size) @ (whole / size))
+            square += float((samples.mean(0) / size).square().sum())
+            entries += whole.numel()
+        if not square > 0.0:
+            return _NAN, math.inf
+        c = product / square
+        for samples, whole in self._pairs(gradient, spectrum):
+            size = float(torch.linalg.vector_norm(samples, dim=-1).mean()) or 1.0
+            rest += float(((whole - c * samples.mean(0)) / size).square().sum())
+        return c, math.sqrt(rest / entries / square)
+
+    def _pairs(self, gradient: Tensor, spectrum: Spectrum) -> tuple[tuple[Tensor, Tensor], ...]:
+        return (self.p, gradient @ spectrum.v), (self.q, gradient.T @ spectrum.u)
 
     def terms(self, spectrum: Spectrum) -> NoiseTerms:
         """All contractions with the derivatives of the largest singular value."""
@@ -124,17 +162,24 @@ class GradientNoise:
         if self.batch > 1:
             norm = 1.0 / (self.batch * (self.batch - 1))
             noise = norm * float((p @ u).square().sum())
-            noise_curvature = norm * float(hessian_pairing(spectrum, p, q).sum())
+            noise_curvature = norm * (float(hessian_pairing(spectrum, p, q).sum()) + 2.0 * self._bending(centred=True))
         noise_var, noise_curvature_var = self._variance_part(spectrum)
         return NoiseTerms(
             gradient=float(u @ p_mean),
-            gradient_curvature=float(hessian_pairing(spectrum, p_mean, q_mean)),
+            gradient_curvature=float(hessian_pairing(spectrum, p_mean, q_mean)) + 2.0 * self._bending(centred=False),
             noise=noise,
             noise_curvature=noise_curvature,
             noise_var=noise_var,
             noise_curvature_var=noise_curvature_var,
             scores=scores,
         )
+
+    def _bending(self, centred: bool) -> float:
+        """``sum_i a_i . b_i`` of the centred samples, or ``a . b`` of their means."""
+        if self.bend is None:
+            return 0.0
+        a, b = self.bend
+        return float(((a - a.mean(0)) * (b - b.mean(0))).sum() if centred else a.mean(0) @ b.mean(0))
 
     def _variance_part(self, spectrum: Spectrum) -> tuple[float, float]:
         """The pairings of J J^T and H with diag(Sigma) (theory 2.4, "variance/covariance split")."""
@@ -145,3 +190,37 @@ class GradientNoise:
         jacobian_squared = torch.outer(spectrum.u.square(), spectrum.v.square())
         diagonal = hessian_diagonal(spectrum)
         return float((jacobian_squared * variance).sum()), float((diagonal * variance).sum())
+
+
+#: A factor known worse than this is not known.
+_FACTOR_ERROR = 0.05
+
+
+def common_factor(factors: Sequence[tuple[float, float]], eps: float) -> float:
+    """What all layers' gradients were multiplied by between backward pass and step.
+
+    Parameters
+    ----------
+    factors : sequence of (float, float)
+        `GradientNoise.factor` of each layer: value and standard error.
+    eps : float
+        Relative precision of the gradients. In single precision and better, a mean gradient too small to tell a
+        factor from means that there is nothing to tell.
+
+    Returns
+    -------
+    float
+        1 where at least half of the layers say so; else the best known; NaN where none is known.
+
+    Examples
+    --------
+    >>> common_factor([(1.0 + 1e-9, 1e-9), (1.0, 1e-12), (3.0, 0.5)], eps=1e-16)
+    1.0
+    >>> common_factor([(0.25, 1e-9), (0.2501, 1e-4)], eps=1e-16)
+    0.25
+    """
+    known = [(c, error) for c, error in factors if error <= _FACTOR_ERROR * abs(c)]
+    if not known:
+        return 1.0 if eps < 1e-4 or all(error == math.inf for _, error in factors) else _NAN
+    untouched = sum(abs(c - 1.0) <= 5.0 * error + 1e2 * eps for c, error in known)
+    return 1.0 if 2 * untouched >= len(known) else min(known, key=lambda pair: pair[1] / abs(pair[0]))[0]

@@ -30,7 +30,11 @@ class Case:
     lr: float = 0.05
     settings: dict[str, Any] = field(default_factory=dict)  # of SGD
     head_lr: float | None = None  # the last layer in its own parameter group
-    plain: bool = True  # SGD without momentum: drift and noise are defined
+
+    @property
+    def gain(self) -> float:
+        """Sum of the responses to one gradient (theory 5)."""
+        return (1 - self.settings.get("dampening", 0.0)) / (1 - self.settings.get("momentum", 0.0))
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Sequential:
         torch.manual_seed(11)
@@ -86,7 +90,8 @@ CASES = [
     Case("mlp-weight-decay", mlp, (6,), settings={"weight_decay": 0.1}),
     Case("mlp-maximize", mlp, (6,), settings={"maximize": True, "weight_decay": 0.1}),
     Case("mlp-two-groups", mlp, (6,), head_lr=0.2),
-    Case("mlp-momentum", mlp, (6,), settings={"momentum": 0.9, "nesterov": True}, plain=False),
+    Case("mlp-momentum", mlp, (6,), settings={"momentum": 0.9, "nesterov": True}),
+    Case("mlp-heavy-ball", mlp, (6,), settings={"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.1}),
     Case("inplace-relu-no-bias", inplace, (6,)),
     Case("sequence", sequence, (4, 5)),
     Case(

@@ -99,7 +99,7 @@ def test_nothing_of_the_graph_outlives_the_step(mlp_case):
         model(mlp_case.data()[0])  # a forward pass nobody differentiates
         gc.collect()
         assert [storage.expired() for storage in stored] == [True] * 4
-        assert all(not watch.parts and watch.samples == 0 for watch in monitor._watches)
+        assert all(not watch.passes for watch in monitor._watches)
 
 
 def test_evaluation_and_discarded_passes_do_not_count(mlp_case):
@@ -124,7 +124,7 @@ def test_copies_and_pickles_of_the_model_are_not_watched(mlp_case):
         buffer.seek(0)
         for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
             mlp_case.loss(twin(mlp_case.data()[0]), mlp_case.data()[1]).backward()
-        assert not any(watch.samples for watch in monitor._watches)
+        assert not any(watch.passes for watch in monitor._watches)
         mlp_case.step(model, optimizer)
         assert torch.func.vmap(model)(mlp_case.data()[0]).shape == (mlp_case.batch, 3)
     assert {row["status"] for row in monitor.history} == {"ok"}
@@ -180,9 +180,9 @@ def test_weights_edited_between_steps_are_noticed(mlp_case):
 
 
 def test_model_without_supported_layer():
-    model = nn.Sequential(nn.LayerNorm(3), nn.Conv2d(2, 2, 1, groups=2))
+    model = nn.Sequential(nn.LayerNorm(3), nn.LSTM(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(NoSupportedLayerError, match=r"expected .* Linear or Conv2d .*, got Sequential .*groups=2"):
+    with pytest.raises(NoSupportedLayerError, match=r"expected .* Linear or conv.*, got Sequential .*recurrent layer"):
         LipschitzMonitor(model, optimizer)
 
 
@@ -210,8 +210,10 @@ def test_step_without_backward(mlp_case, steps_before):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"every": 0}, "expected every to be a whole number of steps, at least 1, got 0"),
-        ({"every": "auto"}, "expected every to be a whole number .* got 'auto'"),
+        ({"every": 0}, "expected every to be a whole number of steps, at least 1, or 'auto', got 0"),
+        ({"every": "often"}, "expected every to be a whole number .* got 'often'"),
+        ({"budget": 0}, "expected budget to be a positive number of per cent, got 0"),
+        ({"warmup": -1}, "expected warmup to be a whole number of steps, got -1"),
         ({"every": True}, "expected every to be a whole number .* got True"),
         ({"noise": "sketch"}, "expected noise to be 'full' or 'split', got 'sketch'"),
         ({"conv": "operator"}, "expected conv to be 'matrix', got 'operator'"),
@@ -305,9 +307,15 @@ def test_weights_without_derivative(weight, status):
             model(torch.randn(5, 4)).square().sum().backward()
             optimizer.step()
     first, other, network = monitor.history.rows[:3]
-    assert first["status"].startswith(status)
-    assert all(math.isnan(first[key]) for key in [*FORCES, "gHg", "eps", "dz1", "dz2", "dz3"])
-    assert f"0: {status}" in network["status"]
+    assert status in first["status"]
+    assert all(math.isnan(first[key]) for key in [*FORCES, "gHg"])
+    path = [first[key] for key in ("eps", "dz1", "dz2", "dz3")]
+    if "repeated" in status:  # the cluster's effective matrix does not need a gap
+        assert (first["eps"], first["mode"]) == (math.inf, "cluster")
+        assert first["dz3"] == pytest.approx(first["dz"], abs=1e-7)
+    else:
+        assert all(map(math.isnan, path))
+    assert f"0: {first['status']}" in network["status"]
     assert math.isnan(network["mu"])
     if not weight.isnan().any():
         assert other["status"] == "ok"
@@ -315,31 +323,40 @@ def test_weights_without_derivative(weight, status):
         assert monitor.history.rows[3]["status"] == "ok"  # the step has broken the tie
 
 
-def test_gradient_clipped_after_backward(mlp_case):
+@pytest.mark.parametrize("noise", ["full", "split"])
+def test_gradient_clipped_by_norm(mlp_case, noise):
+    """The same gradient, scaled by one factor: drift by the factor, noise by its square."""
+    tables = []
+    for limit in (math.inf, 1e-3):
+        model = mlp_case.model()
+        optimizer = mlp_case.optimizer(model)
+        with LipschitzMonitor(model, optimizer, noise=noise) as monitor:
+            x, y = mlp_case.data()
+            mlp_case.loss(model(x), y).backward()
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), limit))
+            optimizer.step()
+        tables.append(monitor.history.to_pandas())
+    plain, clipped = tables
+    factor = 1e-3 / (norm + 1e-6)
+    assert clipped["status"].str.contains("gradients were rescaled after the backward pass: factor").all()
+    powers = {"mu": 1, "kappa": 2, "lambda_sq": 2}
+    powers |= {"kappa_var": 2, "lambda_sq_var": 2} if noise == "split" else {}
+    for key, power in powers.items():
+        assert clipped[key].to_numpy() == pytest.approx(factor**power * plain[key].to_numpy(), rel=1e-9), key
+
+
+def test_gradient_clipped_by_value(mlp_case):
     model = mlp_case.model()
 
     def backward():
         x, y = mlp_case.data()
         mlp_case.loss(model(x), y).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        nn.utils.clip_grad_value_(model.parameters(), 1e-2)
 
     row = one_row(model, mlp_case.optimizer(model), backward, "0")
     assert row["status"].startswith("contributions do not sum to the gradient")
     assert all(math.isnan(row[key]) for key in FORCES)
-    assert row["dz2"] == pytest.approx(row["dz"], abs=1e-9)
-
-
-def test_layer_used_twice_in_one_pass():
-    model = nn.Sequential(nn.Linear(4, 4))
-    row = one_row(
-        model,
-        torch.optim.SGD(model.parameters(), lr=0.001),
-        lambda: model(torch.tanh(model(torch.randn(5, 4)))).sum().backward(),
-        "0",
-    )
-    assert row["status"].startswith("layer used several times in one backward pass")
-    assert math.isnan(row["kappa"])
-    assert row["dz3"] == pytest.approx(row["dz"], abs=1e-5)
+    assert row["dz2"] == pytest.approx(row["dz"], abs=1e-7)
 
 
 def test_two_backward_passes_through_one_graph(mlp_case):
@@ -367,19 +384,23 @@ def test_shared_weights_and_layers_left_out():
             x = torch.tanh(model[name](x))
         x.sum().backward()
         optimizer.step()
-    assert monitor.layers == ["a", "network.weight", "idle"]
-    assert monitor.skipped == {
-        "tied": "shares its weight with a",
-        "frozen": "frozen",
-        "elsewhere": "its weight is not in the optimizer",
-        "norm": "no rule for LayerNorm",
+    assert monitor.layers == ["a", "frozen", "network.weight", "idle"]
+    assert monitor.skipped == {"elsewhere": "its weight is not in the optimizer", "norm": "no rule for LayerNorm"}
+    assert {entry.module: entry.detail for entry in monitor.report() if entry.how == "monitored"} == {
+        **{"a": "4 x 4", "tied": "shares its weight with a: contributions added"},
+        **{"frozen": "4 x 4, frozen: sigma only", "network.weight": "4 x 4", "idle": "4 x 4"},
     }
-    a, named_network, idle, network = monitor.history.rows
-    assert "weight is shared with tied" in a["status"]
-    assert named_network["status"] == "ok"
+    a, frozen, named_network, idle, network = monitor.history.rows
+    assert a["status"] == named_network["status"] == "ok"
+    assert frozen["status"] == "frozen"
+    assert [frozen[key] for key in (*FORCES, "eps", "dz1", "dz2", "dz3", "dz")] == [0.0] * 8
+    assert frozen["sigma"] == pytest.approx(
+        float(torch.linalg.matrix_norm(model["frozen"].weight.double(), 2)), rel=1e-12
+    )
     assert idle["status"] == "no gradient reached this layer"
     assert (idle["dz2"], idle["dz"]) == (0.0, 0.0)
     assert math.isnan(network["lambda_sq"])
+    assert network["status"] == "idle: no gradient reached this layer"
 
 
 def test_model_that_is_itself_a_layer():
@@ -406,21 +427,14 @@ def test_layers_that_see_different_numbers_of_samples():
     assert not math.isnan(row["kappa"])
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda p: torch.optim.Adam(p, lr=1e-3), "Adam: drift and noise terms need torch.optim.SGD"),
-        (lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9), "momentum: drift and noise terms need"),
-    ],
-)
-def test_other_optimisers_have_the_path_only(mlp_case, make, message):
+def test_other_optimisers_have_the_path_only(mlp_case):
     model = mlp_case.model()
-    optimizer = make(model.parameters())
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=1e-3)
     with LipschitzMonitor(model, optimizer) as monitor:
         for step in range(3):
             mlp_case.step(model, optimizer, step)
     table = monitor.history.to_pandas()
-    assert table["status"].str.contains(message).all()
+    assert table["status"].str.contains("Adagrad: drift and noise terms are not known for this optimiser").all()
     assert table[FORCES].isna().to_numpy().all()
     assert table["dz3"].to_numpy() == pytest.approx(table["dz"].to_numpy(), abs=1e-7)
 
@@ -464,8 +478,8 @@ def test_idle_steps_do_no_work(mlp_case, monkeypatch):
     calls = []
     contract = LinearRule.contract
     monkeypatch.setattr(LinearRule, "contract", lambda *args: calls.append(0) or contract(*args))
-    matrix = LinearRule.matrix
-    monkeypatch.setattr(LinearRule, "matrix", lambda *args: calls.append(1) or matrix(*args))
+    effective = LinearRule.effective
+    monkeypatch.setattr(LinearRule, "effective", lambda *args: calls.append(1) or effective(*args))
     with LipschitzMonitor(model, optimizer, every=4):
         counts = []
         for step in range(8):

@@ -38,8 +38,6 @@ def test_predictions_are_running_sums(case):
                 z += row[f"dz{order}"]
                 assert prediction.predicted[j] == pytest.approx(z, abs=1e-14)
             assert prediction.observed == pytest.approx(observed, abs=1e-14)
-        if not case.plain:
-            continue
         prediction, z, variance = sde(frame, layer), rows[0]["z"], 0.0
         for j, row in enumerate(rows, 1):
             parts = [r for r in monitor.history if r["step"] == j - 1 and r["layer"] != "network"]

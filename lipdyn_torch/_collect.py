@@ -1,0 +1,249 @@
+"""From what the hooks caught to the gradient noise of each layer, and to what the optimiser will make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lipdyn_torch._bridge import Spectrum
+from lipdyn_torch._hooks import Call, Pass, Watch
+from lipdyn_torch.layers import Block, double
+from lipdyn_torch.noise import GradientNoise, common_factor
+from lipdyn_torch.optimizers import Response, gradient_of, respond
+
+__all__ = ["Caught", "collect", "settle"]
+
+NO_GRADIENT = "no gradient reached this layer"
+SILENT = "a gradient reached the weight past the monitor: used by a function, or compiled away"
+EDITED = "weight was changed between backward and step"
+MISMATCH = "contributions do not sum to the gradient"
+NOT_FINITE = "gradient is not finite"
+SKIPPED = "step skipped: the gradient overflowed"
+UNOWNED = "its weight is not in the optimizer"
+NO_SPLIT = "variance part: the matrix is not a parameter itself"
+LOST = "gradient too small to tell its scale"
+RESCALED = "gradients were rescaled after the backward pass"
+
+
+@dataclass
+class Caught:
+    """One layer just before the step: old weight, gradient, noise, and what is wrong.
+
+    ``problems`` make the forces NaN, ``notes`` do not. ``drift`` and ``bent`` are the first and second order of
+    ``-b / lr`` as matrices (m, n).
+    """
+
+    watch: Watch
+    spectrum: Spectrum
+    lr: float
+    batch: int = 0
+    frozen: bool = False
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    drift: Tensor | None = None
+    bent: Tensor | None = None
+    whole: Tensor | None = None
+    noise: GradientNoise | None = None
+    gain: float = 1.0
+    decay: float = 0.0
+    weights: list[Tensor] | None = None
+    eps: float = 0.0  # of the least precise number the gradient passed through
+    before: list[tuple[Tensor, Tensor, Response]] = field(default_factory=list)  # parameter, its value, response
+
+    @property
+    def tolerance(self) -> float:
+        """How far rounding may take the samples' sum from the gradient, relative to the samples' sizes.
+
+        Rounding errors of sums are far below the square root of the precision; on CUDA devices the precision of
+        a float32 convolution may be that of TF32 (2^-10).
+        """
+        single_on_device = self.spectrum.matrices.is_cuda and self.eps < 1e-3
+        return max(self.eps**0.5, 5e-3 if single_on_device and self.eps > 1e-10 else 0.0)
+
+    def unexplained(self) -> bool:
+        """After the step: whether the optimiser did something else than its formula says."""
+        return any(not response.explains(double(p) - old, p) for p, old, response in self.before)
+
+
+def collect(
+    watch: Watch,
+    optimizer: Optimizer,
+    groups: dict[int, dict[str, Any]],
+    outer: dict[int, int],
+    split: bool,
+) -> Caught:
+    """Everything about one layer that must be known before the step; the watch is left empty."""
+    if watch.refresh() and watch.passes:
+        watch.problems[EDITED] = None
+    owned = [groups.get(id(p)) for p in watch.parameters if p.requires_grad]
+    lr = max((float(group["lr"]) for group in owned if group), default=_largest_rate(optimizer))
+    caught = Caught(watch, watch.spectrum, lr, frozen=not watch.trained)
+    passes = watch.merged(outer)
+    caught.eps = max(watch.eps, *(torch.finfo(p.dtype).eps for p in watch.parameters))
+    caught.batch = sum(single.samples for single in passes)
+    if not caught.frozen:
+        _check(caught, optimizer, owned, passes)
+        if not caught.problems and caught.spectrum.triplet is not None:
+            _respond(caught, optimizer, groups)
+        if not caught.problems and caught.drift is not None:
+            _gather(caught, passes, split)
+    caught.problems += [problem for problem in watch.problems if problem not in caught.problems]
+    watch.forget()
+    return caught
+
+
+def _largest_rate(optimizer: Optimizer) -> float:
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def _check(caught: Caught, optimizer: Optimizer, owned: list[dict[str, Any] | None], passes: list[Pass]) -> None:
+    """What makes the forces meaningless before anything is computed."""
+    watch, problems = caught.watch, caught.problems
+    problems += watch.problems
+    gradients = [p.grad for p in watch.parameters if p.requires_grad and p.grad is not None]
+    if None in owned:
+        problems.append(UNOWNED)
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and float(found_inf) > 0:
+        problems.append(SKIPPED)
+    elif (
+        not all(bool((g.coalesce().values() if g.is_sparse else g).isfinite().all()) for g in gradients)
+        or not watch.finite
+    ):
+        problems.append(NOT_FINITE)
+    if not passes:
+        problems.append(SILENT if watch.accumulated else NO_GRADIENT)
+    elif not gradients:
+        problems.append(NO_GRADIENT)
+
+
+def _respond(caught: Caught, optimizer: Optimizer, groups: dict[int, dict[str, Any]]) -> None:
+    """Drift, preconditioner and gain of the layer's matrix from those of its parameters (theory 5)."""
+    watch = caught.watch
+    responses: list[Response] = []
+    for p in watch.parameters:
+        if not p.requires_grad or p.grad is None:  # it stays where it is
+            still = torch.zeros_like(p, dtype=torch.float64)
+            responses.append(Response(still, still, 0.0))
+            continue
+        response = respond(optimizer, groups[id(p)], p)
+        if isinstance(response, str):
+            caught.problems.append(response)
+            return
+        caught.before.append((p, double(p), response))
+        responses.append(response)
+    if len(responses) == 1:
+        (only,) = responses
+        drifts, caught.gain, caught.decay = [only.drift], only.gain, only.decay
+        weights = None if only.weights is None else [only.weights]
+    else:  # several rates, gains and decays are folded into the parameters' own factors
+        rates = [float(groups[id(p)]["lr"]) / caught.lr if id(p) in groups else 0.0 for p in watch.parameters]
+        values = [double(p) for p in watch.parameters]
+        drifts = [rate * (r.drift + r.decay * x) for rate, r, x in zip(rates, responses, values, strict=True)]
+        weights = [
+            rate * r.gain * (torch.ones_like(r.drift) if r.weights is None else r.weights)
+            for rate, r in zip(rates, responses, strict=True)
+        ]
+    gradients = [
+        torch.zeros_like(r.drift) if p.grad is None else gradient_of(optimizer, p)
+        for p, r in zip(watch.parameters, responses, strict=True)
+    ]
+    if weights is not None:
+        gradients = [w * g for w, g in zip(weights, gradients, strict=True)]
+    group = caught.spectrum.group
+    caught.drift = watch.rule.matrices(watch.module, watch.part, drifts)[group]
+    caught.whole = watch.rule.matrices(watch.module, watch.part, gradients)[group]
+    bent = watch.rule.second_order(watch.module, watch.part, drifts)
+    caught.bent = None if bent is None else bent[group]
+    caught.weights = weights
+
+
+def _gather(caught: Caught, passes: list[Pass], split: bool) -> None:
+    """Join micro-batches to one batch of contributions."""
+    watch = caught.watch
+    sums = [_sums(watch, single, caught.weights) for single in passes]
+    if watch.problems or any(part is None for part in sums):
+        caught.problems += watch.problems
+        return
+    joined = [torch.cat(parts) for parts in zip(*(part for part in sums if part is not None), strict=True)]
+    squares = _squares(caught, passes) if split else None
+    bend = (joined[2], joined[3]) if len(joined) == 4 else None
+    caught.noise = GradientNoise.from_contributions(joined[0], joined[1], squares, caught.whole, bend)
+
+
+def _sums(watch: Watch, single: Pass, weights: list[Tensor] | None) -> tuple[Tensor, ...] | None:
+    """``p``, ``q``, ... of one pass, all its calls added up sample by sample."""
+    total = single.sums
+    for call in single.calls:
+        part = watch.contract(call, weights)
+        if part is None:
+            return None
+        total = part if total is None else tuple(x + y for x, y in zip(total, part, strict=True))
+    return total
+
+
+def _squares(caught: Caught, passes: list[Pass]) -> Tensor | None:
+    """``sum_i (W o G_i)^2`` elementwise; several calls of one pass are added before squaring."""
+    watch, group = caught.watch, caught.spectrum.group
+    total: Tensor | None = None
+    for single in passes:
+        if len(single.calls) == 1:
+            (call,) = single.calls
+            part = call.rule.sum_of_squares(call.module, call.x, call.delta, Block(call.part, group))
+        else:
+            part = _joint_squares(single, group)
+        if part is None:
+            caught.notes.append(NO_SPLIT)
+            return None
+        total = part if total is None else total + part
+    if total is not None and caught.weights is not None:
+        W = watch.rule.matrices(watch.module, watch.part, caught.weights)[group]
+        total = W.square() * total
+    return total
+
+
+def _joint_squares(single: Pass, group: int) -> Tensor | None:
+    """The same for a weight used several times in a pass: per-sample gradients, one sample at a time."""
+    streams = [_one_by_one(call, group) for call in single.calls]
+    total: Tensor | None = None
+    for parts in zip(*streams, strict=True):
+        square = torch.stack(parts).sum(0).square()
+        total = square if total is None else total + square
+    return total
+
+
+def _one_by_one(call: Call, group: int) -> Iterator[Tensor]:
+    for chunk in call.rule.per_sample(call.module, call.x, call.delta, Block(call.part, group)):
+        yield from chunk
+
+
+def settle(layers: Sequence[Caught]) -> float:
+    """Bring all layers' samples to the units of the gradients they belong to, and check that they sum to them.
+
+    Returns the common factor by which gradients were changed between backward pass and step: the inverse of a
+    loss scale, or that of clipping by norm.
+    """
+    known = [caught for caught in layers if caught.noise is not None]
+    factors = [c.noise.factor(c.whole, c.spectrum) for c in known if c.noise is not None and c.whole is not None]
+    factor = common_factor(factors, max(c.eps for c in known)) if known else 1.0
+    for caught in known:
+        assert caught.noise is not None
+        assert caught.whole is not None
+        if factor != factor:
+            caught.noise, caught.problems = None, [*caught.problems, LOST]
+            continue
+        noise = caught.noise if factor == 1.0 else caught.noise.scaled(factor)
+        error = noise.mismatch(caught.whole, caught.spectrum)
+        if error <= caught.tolerance:
+            caught.noise = noise
+            if factor != 1.0:
+                caught.notes.append(f"{RESCALED}: factor {factor:.3g}")
+        else:
+            caught.noise = None
+            caught.problems.append(f"{MISMATCH} (relative {error:.1e}): clipped by value, or used elsewhere?")
+    return factor

@@ -1,0 +1,205 @@
+"""Modules whose weights are used inside their own forward pass: per-sample gradients by `torch.func`, in chunks.
+
+The module is run again, in float64, on each sample of the input it was given, and the gradient of its output is
+pulled back to its parameters. That costs the module's own forward and backward pass once more, and never holds
+more than a chunk of per-sample gradients. A copy without hooks, buffers or storage of its own is run, so nothing
+of the training sees it. Modules that draw random numbers cannot be run again; their rows say so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule
+
+__all__ = ["AttentionRule", "FallbackRule"]
+
+_NO_FALLBACK = (nn.RNNBase, nn.RNNCellBase)
+
+
+class FallbackRule(LayerRule):
+    """Any module of its own with parameters of two axes: each is a matrix, read through the module's forward pass.
+
+    The sample axis is the first of every tensor argument that is as long as the output's first axis.
+    """
+
+    label = "fallback"
+
+    def __init__(self) -> None:
+        self._twins: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        """Only modules without trained submodules, and with a matrix, are run again."""
+        if isinstance(module, _NO_FALLBACK):
+            return f"recurrent layer {type(module).__name__}: no rule"
+        if hasattr(module, "parametrizations"):
+            return "its weight is computed from other parameters (a parametrisation)"
+        if any(True for child in module.children() for _ in child.parameters()):
+            return f"{type(module).__name__} owns parameters beside submodules: register a rule for it"
+        if not self.parts(module):
+            return f"no matrix among the parameters of {type(module).__name__}"
+        return None
+
+    def parts(self, module: nn.Module) -> tuple[str, ...]:
+        """The names of the parameters with two axes."""
+        return tuple(name for name, p in module.named_parameters(recurse=False) if p.ndim == 2)
+
+    def parameters(self, module: nn.Module, part: str) -> tuple[str, ...]:
+        """The parameter of that name."""
+        return (part,)
+
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """All arguments, without their graph, and the buffers and the mode the module had."""
+        buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+        kept = {name: _detached(value) for name, value in kwargs.items()}
+        return tuple(map(_detached, args)), kept, buffers, module.training
+
+    def per_sample(self, module: nn.Module, x: Any, delta: Tensor, block: Block) -> Iterator[Tensor]:
+        """``G_i`` by pulling the output gradient back through the module, one sample at a time."""
+        args, kwargs, buffers, training = x
+        (name,) = self.parameters(module, block.part)
+        twin, axis = self._twin(module).train(training), self.sample_axis(module)
+        fixed = {key: _double(value) for key, value in (*module.named_parameters(), *buffers.items())}
+        delta = _double(delta).movedim(axis, 0)
+        keys = [*(None for _ in args), *kwargs]
+        values = [_double(value) for value in (*args, *kwargs.values())]
+        axes = [self.argument_axis(module, key, value, len(delta)) for key, value in zip(keys, values, strict=True)]
+
+        def pulled_back(weight: Tensor, d: Tensor, *sample: Any) -> Tensor:
+            whole = [
+                value if a is None else self.one_sample(value, a, key)
+                for value, a, key in zip(sample, axes, keys, strict=True)
+            ]
+            given, named = tuple(whole[: len(args)]), dict(zip(kwargs, whole[len(args) :], strict=True))
+
+            def run(weight: Tensor) -> Tensor:
+                out = self.output(module, torch.func.functional_call(twin, {**fixed, name: weight}, given, named))
+                assert out is not None
+                return out
+
+            return torch.func.vjp(run, weight)[1](d.unsqueeze(axis))[0]
+
+        weight = fixed[name]
+        mapped = torch.func.vmap(pulled_back, (None, 0, *(None if a is None else 0 for a in axes)))
+        for chunk in chunks(len(delta), weight.numel() + delta[0].numel()):
+            part = [v if a is None else v.movedim(a, 0)[chunk] for v, a in zip(values, axes, strict=True)]
+            G = mapped(weight, delta[chunk], *part)
+            yield torch.stack([self.matrices(module, block.part, (g,))[block.group] for g in G])
+
+    def sample_axis(self, module: Any) -> int:
+        """Where samples are counted in the module's input and output."""
+        return 0
+
+    def argument_axis(self, module: Any, key: str | None, value: Any, samples: int) -> int | None:
+        """Where samples are counted in an argument; None if all samples share it."""
+        axis = self.sample_axis(module)
+        counted = isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] == samples
+        return axis if counted else None
+
+    def one_sample(self, value: Tensor, axis: int, key: str | None) -> Tensor:
+        """An argument with the sample axis put back."""
+        return value.unsqueeze(axis)
+
+    def _twin(self, module: nn.Module) -> nn.Module:
+        """A copy without hooks, on the meta device: parameters and buffers are handed to it."""
+        if module not in self._twins:
+            twin = copy.deepcopy(module)
+            for part in twin.modules():
+                for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                    getattr(part, hooks).clear()
+            self._twins[module] = twin.to("meta")
+        return self._twins[module]
+
+
+class AttentionRule(FallbackRule):
+    """``nn.MultiheadAttention``: the projections of queries, keys and values, and the output projection.
+
+    The module uses its weights inside one function call that hooks cannot see into, so it is run again.
+    """
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        """Always readable; with dropout in training the rows say why noise terms are missing."""
+        return None
+
+    def parts(self, module: Any) -> tuple[str, ...]:
+        """Four matrices."""
+        return ("q", "k", "v", "out_proj")
+
+    def parameters(self, module: Any, part: str) -> tuple[str, ...]:
+        """``in_proj_weight`` for the first three, unless they are kept apart."""
+        if part == "out_proj":
+            return ("out_proj.weight",)
+        return ("in_proj_weight" if module._qkv_same_embed_dim else f"{part}_proj_weight",)
+
+    def covers(self, module: Any) -> tuple[nn.Module, ...]:
+        """The output projection, whose own forward pass is never called."""
+        return (module.out_proj,)
+
+    def matrices(self, module: Any, part: str, tensors: Sequence[Tensor]) -> Tensor:
+        """The rows of ``in_proj_weight`` that belong to the part."""
+        tensor = tensors[0]
+        if part != "out_proj" and module._qkv_same_embed_dim:
+            tensor = tensor.chunk(3)["qkv".index(part)]
+        return tensor[None]
+
+    def output(self, module: Any, output: Any) -> Tensor | None:
+        """The attended values; a loss on the attention weights is not seen, and noticed."""
+        return output[0]
+
+    def samples(self, module: Any, delta: Tensor) -> int:
+        """M, or 1 without a batch axis."""
+        return delta.shape[self.sample_axis(module)] if delta.ndim == 3 else 1
+
+    def per_sample(self, module: Any, x: Any, delta: Tensor, block: Block) -> Iterator[Tensor]:
+        """As for any module; a single sequence gets its batch axis first."""
+        args, kwargs, buffers, training = x
+        if training and module.dropout > 0:
+            raise NotImplementedError("attention with dropout cannot be run again")
+        if delta.ndim == 2:
+            raise NotImplementedError("attention without a batch axis")
+        for position, name in enumerate(_ATTENTION_ARGUMENTS[: len(args)]):
+            kwargs = {**kwargs, name: args[position]}
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.ndim == 3:
+            kwargs["attn_mask"] = mask.reshape(-1, module.num_heads, *mask.shape[1:])
+        return super().per_sample(module, ((), kwargs, buffers, training), delta, block)
+
+    def sample_axis(self, module: Any) -> int:
+        """First or second, as the module has it."""
+        return 0 if module.batch_first else 1
+
+    def argument_axis(self, module: Any, key: str | None, value: Any, samples: int) -> int | None:
+        """Masks have their own axes."""
+        if key in ("query", "key", "value"):
+            return self.sample_axis(module)
+        if not isinstance(value, Tensor) or key not in ("key_padding_mask", "attn_mask"):
+            return None
+        return 0 if key == "key_padding_mask" or value.ndim == 4 else None
+
+    def one_sample(self, value: Tensor, axis: int, key: str | None) -> Tensor:
+        """A mask of all heads is one sample's already."""
+        return value if key == "attn_mask" else value.unsqueeze(axis)
+
+
+_ATTENTION_ARGUMENTS = (
+    *("query", "key", "value", "key_padding_mask", "need_weights"),
+    *("attn_mask", "average_attn_weights", "is_causal"),
+)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _double(value: Any) -> Any:
+    """Floating-point tensors in float64; anything else as it is."""
+    return value.detach().to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+register_rule(nn.MultiheadAttention, AttentionRule())

@@ -1,0 +1,171 @@
+"""Which matrices of a model are watched, how, and why others are not: nothing is dropped in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lipdyn_torch._hooks import Switch, Tap, Watch
+from lipdyn_torch.errors import NoSupportedLayerError, UnownedParametersError
+from lipdyn_torch.fallback import FallbackRule
+from lipdyn_torch.history import NETWORK
+from lipdyn_torch.layers import LayerRule, find_rule, unsupported_reason
+
+__all__ = ["Entry", "Report", "Survey", "survey"]
+
+_FALLBACK = FallbackRule()
+
+
+class Entry(NamedTuple):
+    """One line of the report."""
+
+    module: str
+    type: str
+    how: str  # "monitored", "fallback" or "skipped"
+    detail: str
+
+
+class Report(tuple[Entry, ...]):
+    """Every module that owns parameters, and how it is measured; printed as a table.
+
+    Examples
+    --------
+    >>> print(Report([Entry("0", "Linear", "monitored", "8 x 4"), Entry("1", "LayerNorm", "skipped", "no matrix")]))
+    module  type       how        detail
+    0       Linear     monitored  8 x 4
+    1       LayerNorm  skipped    no matrix
+    """
+
+    def __str__(self) -> str:
+        lines = [Entry._fields, *self]
+        widths = [max(len(line[column]) for line in lines) for column in range(3)]
+        padded = ("  ".join([*(c.ljust(w) for c, w in zip(line, widths, strict=False)), line[3]]) for line in lines)
+        return "\n".join(line.rstrip() for line in padded)
+
+
+@dataclass
+class Survey:
+    """The watches and taps on a model, and the report on it."""
+
+    watches: list[Watch] = field(default_factory=list)
+    taps: list[Tap] = field(default_factory=list)
+    paths: list[tuple[str, nn.Module]] = field(default_factory=list)  # where each tapped module was found
+    entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Modules with parameters that are not watched, and why."""
+        return {entry.module: entry.detail for entry in self.entries if entry.how == "skipped"}
+
+
+def survey(model: nn.Module, optimizer: Optimizer, switch: Switch, hold: bool) -> Survey:
+    """Find the matrices of the model.
+
+    Raises
+    ------
+    NoSupportedLayerError, UnownedParametersError
+        There is nothing to watch.
+    """
+    found = Survey()
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    known: dict[tuple[int, ...], Watch] = {}
+    covered: set[int] = set()
+    for path, module in model.named_modules():
+        if id(module) in covered or not any(True for _ in module.parameters(recurse=False)):
+            rule = find_rule(module)
+            if id(module) in covered or rule is None or not rule.covers(module):
+                continue
+        rule = find_rule(module) or _fallback(module)
+        reason = unsupported_reason(module, rule)
+        if rule is None or reason is not None:
+            found.entries.append(Entry(_row_name(path, module), type(module).__name__, "skipped", reason or "no rule"))
+            continue
+        covered |= {id(child) for cover in rule.covers(module) for child in cover.modules()}
+        _add_module(found, path, module, rule, known, owned, switch, hold)
+    _check(found, model, optimizer)
+    return found
+
+
+def _fallback(module: nn.Module) -> LayerRule | None:
+    """The rule of last resort, where the module has a matrix of its own."""
+    return _FALLBACK if _FALLBACK.parts(module) or isinstance(module, nn.RNNBase) else None
+
+
+def _add_module(
+    found: Survey,
+    path: str,
+    module: nn.Module,
+    rule: LayerRule,
+    known: dict[tuple[int, ...], Watch],
+    owned: set[int],
+    switch: Switch,
+    hold: bool,
+) -> None:
+    """Watch every part of one module, unless its parameters are another optimiser's."""
+    tap = Tap(module, rule, switch)
+    name, kind = _row_name(path, module), type(module).__name__
+    for part in rule.parts(module):
+        row = ".".join(filter(None, (name, part)))
+        parameters = tuple(module.get_parameter(p) for p in rule.parameters(module, part))
+        if all(p.requires_grad and id(p) not in owned for p in parameters):
+            found.entries.append(Entry(row, kind, "skipped", "its weight is not in the optimizer"))
+            continue
+        key = (*map(id, parameters), hash(part) if len(rule.parts(module)) > 1 else 0)
+        watch = known.get(key)
+        if watch is None:
+            watch = known[key] = Watch(row, module, rule, part, parameters, hold or len(parameters) > 1)
+            found.watches.append(watch)
+            shape = " x ".join(map(str, watch.spectrum.matrices.shape[-2:]))
+            count = len(watch.spectrum.matrices)
+            detail = (f"{count} of " if count > 1 else "") + shape + ("" if watch.trained else ", frozen: sigma only")
+        else:
+            detail = f"shares its weight with {watch.name}: contributions added"
+        tap.feeds.append((watch, part))
+        found.entries.append(Entry(row, kind, rule.label, detail))
+    if tap.feeds:
+        found.taps.append(tap)
+        found.paths.append((path, module))
+
+
+def _check(found: Survey, model: nn.Module, optimizer: Optimizer) -> None:
+    if any(watch.trained for watch in found.watches):
+        return
+    skipped = found.skipped
+    listed = ", ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8])
+    described = f"{type(model).__name__} ({listed or 'no parameters'})"
+    if not found.watches and not any("not in the optimizer" in reason for reason in skipped.values()):
+        raise NoSupportedLayerError(
+            f"expected a model with at least one Linear or convolution layer, got {described}; "
+            "teach the monitor your layer with lipdyn_torch.layers.register_rule"
+        )
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    raise UnownedParametersError(
+        f"expected an optimizer that trains a layer of the model, got {type(optimizer).__name__} with "
+        f"{count} parameters, none of them a weight of {described}; "
+        "make the optimizer from model.parameters() of this very model"
+    )
+
+
+def _row_name(path: str, module: nn.Module) -> str:
+    name = path or type(module).__name__
+    return name if name != NETWORK else f"{name}.weight"  # that name belongs to the sum over the layers
+
+
+def replaced(model: nn.Module, paths: Iterable[tuple[str, nn.Module]], watches: Iterable[Watch]) -> str | None:
+    """The name of a layer that is no longer the one that is watched, if any."""
+    for path, module in paths:
+        try:
+            present = model.get_submodule(path)
+        except AttributeError:
+            return path
+        if present is not module:
+            return path
+    for watch in watches:
+        names = watch.rule.parameters(watch.module, watch.part)
+        if any(watch.module.get_parameter(n) is not p for n, p in zip(names, watch.parameters, strict=True)):
+            return watch.name
+    return None
