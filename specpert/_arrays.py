@@ -137,6 +137,28 @@ def is_numpy(x: Any) -> bool:
     return isinstance(x, np.ndarray)
 
 
+def array_device(x: Array) -> Any:
+    """The device of x."""
+    return array_api_compat.device(x)
+
+
+def host_view(x: Array) -> np.ndarray | None:
+    """The same memory as a NumPy array where x is on the CPU, without a copy; None elsewhere."""
+    if isinstance(x, np.ndarray):
+        return x
+    if not (array_api_compat.is_torch_array(x) or array_api_compat.is_jax_array(x)):
+        return None
+    if "cpu" not in str(array_api_compat.device(x)).lower():
+        return None
+    view: np.ndarray = np.from_dlpack(x)  # type: ignore[arg-type]
+    return view
+
+
+def from_host(x: np.ndarray, like: Array, xp: Namespace) -> Array:
+    """A NumPy array as one of the library of `like`, without a copy."""
+    return x if isinstance(like, np.ndarray) else xp.from_dlpack(np.ascontiguousarray(x))
+
+
 def to_precision(x: Array, dtype: Any, xp: Namespace) -> Array:
     """Return x with the given real dtype, or the complex one of the same precision."""
     if is_complex(x, xp):

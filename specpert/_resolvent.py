@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from specpert._arrays import Array, Namespace, adjoint
+from specpert._arrays import Array, Namespace, adjoint, from_host
 from specpert.result import ConvergenceError
 
 Resolvent = Callable[[Array, Array], tuple[Array, Array]]
@@ -98,6 +98,21 @@ class SmallSideResolvent:
     def residuals(self) -> list[float]:
         """Residual of each solve so far, as one of the Jordan-Wielandt equation; empty for a factorisation."""
         return [r / self.sigma for r in getattr(self.solve, "residuals", [])]
+
+
+class HostResolvent:
+    """A resolvent on NumPy arrays for arrays of another library in the same memory."""
+
+    def __init__(self, resolvent: SmallSideResolvent, like: Array, xp: Namespace) -> None:
+        self.resolvent, self.like, self.xp = resolvent, like, xp
+
+    def __call__(self, f: Array, g: Array) -> tuple[Array, Array]:
+        x, y = self.resolvent(np.from_dlpack(f), np.from_dlpack(g))
+        return from_host(x, self.like, self.xp), from_host(y, self.like, self.xp)
+
+    def quadratic(self, f: Array, g: Array) -> Array:
+        """As of the resolvent."""
+        return from_host(self.resolvent.quadratic(np.from_dlpack(f), np.from_dlpack(g)), self.like, self.xp)
 
 
 def _square(x: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ from specpert._arrays import (
     real,
     scalar,
 )
-from specpert._resolvent import SmallSideResolvent
+from specpert._resolvent import HostResolvent, SmallSideResolvent
 from specpert.triplet import SingularTriplet, check_shape, prepare
 
 if TYPE_CHECKING:
@@ -80,6 +80,14 @@ class SigmaHessian:
         self._xp = triplet._xp
         self._resolvent = triplet._resolvent()
 
+    @property
+    def _u(self) -> Array:
+        return self.triplet._P0[..., 0]
+
+    @property
+    def _v(self) -> Array:
+        return self.triplet._Q0[..., 0]
+
     @cached_property
     def _spectrum(self) -> _Spectrum:
         return _Spectrum(self.triplet)
@@ -109,8 +117,9 @@ class SigmaHessian:
             total = self._spectrum.quadratic(p, q)
         else:
             columns = (xp.matrix_transpose(xp.reshape(x, (-1, x.shape[-1]))) for x in (p, q))
-            assert isinstance(self._resolvent, SmallSideResolvent)
+            assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
             total = xp.reshape(self._resolvent.quadratic(*columns), p.shape[:-1])
+        total = self.triplet._result(total)
         return scalar(ldexp(total, 2 * e - self.triplet._e, xp))
 
     def inner(self, factor: Any) -> Array:
@@ -119,12 +128,13 @@ class SigmaHessian:
 
     def product(self, G: Any) -> Array:
         """The matrix H[G] (..., m, n) with <H[G], G'> = D^2 sigma[G, G'] for every G' (real part of the trace)."""
-        xp, u, v = self._xp, self.triplet.u, self.triplet.v
+        xp, u, v = self._xp, self._u, self._v
         p, q = self._projections(self._direction(G))
         e = _vector_exponent(p, q, xp)
         p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
         x, y = self._solve(p, q)
         product = x @ adjoint(v[..., None], xp) + u[..., None] @ adjoint(y, xp)
+        product = self.triplet._result(product)
         return ldexp(product, (e - self.triplet._e)[..., None, None], xp)
 
     def _solve(self, p: Array, q: Array) -> tuple[Array, Array]:
@@ -132,9 +142,10 @@ class SigmaHessian:
         if self.triplet._svd is not None:
             x, y = self._resolvent(p[..., None], q[..., None])
             return x, y
-        columns = (x.reshape(-1, x.shape[-1]).T for x in (p, q))
-        x, y = self._resolvent(*columns)
-        return x.T.reshape(*p.shape, 1), y.T.reshape(*q.shape, 1)
+        xp = self._xp
+        columns = (xp.matrix_transpose(xp.reshape(x, (-1, x.shape[-1]))) for x in (p, q))
+        x, y = (xp.matrix_transpose(z) for z in self._resolvent(*columns))
+        return xp.reshape(x, (*p.shape, 1)), xp.reshape(y, (*q.shape, 1))
 
     __matmul__ = product
 
@@ -167,7 +178,7 @@ class SigmaHessian:
         """
         xp = self._xp
         L, R, C = self._spectrum.blocks()
-        u, v = self.triplet.u[..., :, None], self.triplet.v[..., None, :]
+        u, v = self._u[..., :, None], self._v[..., None, :]
         left = real(xp.linalg.diagonal(L), xp)[..., :, None] * _square(v, xp)
         right = _square(u, xp) * real(xp.linalg.diagonal(R), xp)[..., None, :]
         cross = 2 * real(u * xp.conj(v) * C if is_complex(C, xp) else u * v * C, xp)
@@ -202,7 +213,7 @@ class SigmaHessian:
 
     def _projections(self, G: Array) -> tuple[Array, Array]:
         """G v (..., m) and G^* u (..., n); they show NaN and inf in G, so that no pass over G is spent on that."""
-        xp, u, v = self._xp, self.triplet.u, self.triplet.v
+        xp, u, v = self._xp, self._u, self._v
         if is_numpy(G) and G.ndim > 2 and u.ndim == 1:
             p, q = _blocked_projections(G, u, v)
         else:
@@ -276,7 +287,7 @@ def dense_hessian(hessian: SigmaHessian) -> Array:
     """Shape (..., m, n, m, n); for complex A (..., m, n, 2, m, n, 2) in the real coordinates of entries (Re, Im)."""
     xp, triplet = hessian._xp, hessian.triplet
     L, R, C = hessian._spectrum.blocks()
-    u, v = triplet.u, triplet.v
+    u, v = hessian._u, hessian._v
     if not is_complex(u, xp):
         # H[p, q, :, :] = v_q (L_p v^T + u C_p) + u_p (u R_q + C_q v^T): two small matrices, one pass over the result
         left = L[..., :, :, None] * v[..., None, None, :] + u[..., None, :, None] * C[..., :, None, :]

@@ -20,12 +20,15 @@ from specpert._arrays import (
     Namespace,
     adjoint,
     array,
+    array_device,
     as_arrays,
     check_matrix,
     check_ndim,
     eps,
     exponent,
     eye,
+    from_host,
+    host_view,
     is_numpy,
     ldexp,
     magnitude,
@@ -35,6 +38,7 @@ from specpert._arrays import (
 )
 from specpert._operators import Operator, as_operator, is_operator
 from specpert._resolvent import (
+    HostResolvent,
     IterativeSolver,
     Resolvent,
     SmallSideResolvent,
@@ -302,15 +306,16 @@ def _by_dense(
     tol = 10 * max(m, n) * eps(A, xp) if gap_tol is None else gap_tol
     e = exponent(magnitude(A, xp), xp)
     scaled = ldexp(A, -e[..., None, None], xp)
-    can_gram = is_numpy(A) and A.ndim == 2 and index == 0 and min(m, n) > 2
-    if method == "gram" and not can_gram:
+    wanted = method == "gram" or (method == "auto" and min(m, n) >= _GRAM_FROM)
+    view = host_view(scaled) if wanted and A.ndim == 2 and index == 0 and min(m, n) > 2 else None
+    if method == "gram" and view is None:
         raise ValueError(
-            f"expected one NumPy matrix with min(m, n) > 2 and k = 0 for method='gram', got shape {tuple(A.shape)}, "
-            f"k = {index}; use method='svd'"
+            "expected one matrix on the CPU with min(m, n) > 2 and k = 0 for method='gram', got shape "
+            f"{tuple(A.shape)}, k = {index} on {array_device(A)}; use method='svd'"
         )
-    if can_gram and (method == "gram" or (method == "auto" and min(m, n) >= _GRAM_FROM)):
+    if view is not None:
         try:
-            return _by_gram(scaled, e, tol, xp)
+            return _by_gram(view, e, tol, scaled, xp)
         except np.linalg.LinAlgError:  # the gap is within rounding of K: let the SVD decide whether it is a tie
             if method == "gram":
                 raise ConvergenceError(
@@ -361,14 +366,14 @@ def _cast(triplet: SingularTriplet, dtype: Any) -> SingularTriplet:
     return _assemble(cast, (xp.astype(U, dtype), floats(s), xp.astype(V, dtype)), cast.k, cast._gap)
 
 
-def _by_gram(A: np.ndarray, e: Array, tol: float, xp: Namespace) -> SingularTriplet:
-    """Top triplet of one NumPy matrix from the Gram matrix of its smaller side, in float64 at least."""
+def _by_gram(A: np.ndarray, e: Array, tol: float, like: Array, xp: Namespace) -> SingularTriplet:
+    """Top triplet of one matrix on the CPU from the Gram matrix of its smaller side, in float64 at least."""
     from scipy.linalg import eigh
 
     wide = A.shape[0] <= A.shape[1]
     dtype = np.result_type(A.dtype, np.float64)
-    B = (A if wide else adjoint(A, xp)).astype(dtype, copy=False)
-    Ba = adjoint(B, xp)
+    B = (A if wide else adjoint(A, np)).astype(dtype, copy=False)
+    Ba = adjoint(B, np)
     K = B @ Ba
     r = len(K)
     w, X = eigh(K, subset_by_index=[r - 2, r - 1], check_finite=False)
@@ -379,14 +384,17 @@ def _by_gram(A: np.ndarray, e: Array, tol: float, xp: Namespace) -> SingularTrip
         raise np.linalg.LinAlgError("zero matrix")
     v /= sigma
     s = np.array([sigma, math.sqrt(max(w[0], 0.0))])
-    gap, status = isolation(s, (0,), False, False, tol, xp)  # d is the distance to sigma_1 <= sigma_0 in any case
+    gap, status = isolation(s, (0,), False, False, tol, np)  # d is the distance to sigma_1 <= sigma_0 in any case
     margin = np.asarray(10 * max(A.shape) * float(np.finfo(dtype).eps) * sigma)
     resolvent = SmallSideResolvent(
         gram_solver(K, u, sigma), (lambda x: B @ x, lambda y: Ba @ y), u, v, sigma, mirrored=not wide
     )
-    P0, Q0 = (u, v) if wide else (v, u)
-    real = np.finfo(A.dtype).dtype
-    return SingularTriplet(0, A.shape, status, xp, e, s[:1], P0, Q0, gap, margin, lambda: resolvent, real)
+    arrays = (from_host(x, like, xp) for x in (s[:1], *((u, v) if wide else (v, u)), gap, margin))
+    s0, P0, Q0, gap, margin = arrays
+    wrapped = resolvent if is_numpy(like) else HostResolvent(resolvent, like, xp)
+    return SingularTriplet(
+        0, A.shape, status, xp, e, s0, P0, Q0, gap, margin, lambda: wrapped, real_dtype(like.dtype, xp)
+    )
 
 
 def isolation(

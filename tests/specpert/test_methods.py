@@ -65,7 +65,22 @@ def test_auto_takes_the_gram_matrix_for_the_top_of_a_large_matrix():
     assert singular_triplet(A)._svd is None
     assert singular_triplet(A, k=1)._svd is not None
     assert singular_triplet(A[:20])._svd is not None
-    assert singular_triplet(torch.as_tensor(A))._svd is not None
+    on_torch = singular_triplet(torch.as_tensor(A))
+    assert on_torch._svd is None
+    assert isinstance(on_torch.u, torch.Tensor)
+    G = np.random.default_rng(1).standard_normal((3, *A.shape))
+    for dtype, rtol in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+        a, h, g = (torch.as_tensor(x).to(dtype) for x in (A, H, G))
+        series = sigma_series(a, h, 4)
+        assert series.coefficients.dtype == dtype
+        np.testing.assert_allclose(series.coefficients, sigma_series(A, H, 4).coefficients, rtol=rtol, atol=rtol)
+        np.testing.assert_allclose(
+            SigmaHessian(singular_triplet(a)).quadratic(g), SigmaHessian(A).quadratic(G), rtol=10 * rtol
+        )
+        np.testing.assert_allclose(SigmaHessian(singular_triplet(a)) @ g[0], SigmaHessian(A) @ G[0], atol=rtol)
+        assert float(series.remainder(series.radius / 4)) < 1e-2
+    complex_torch = singular_triplet(torch.as_tensor(A + 1j * H))
+    assert complex_torch.u.dtype == torch.complex128
     assert_same(
         sigma_series(A, H, 6).coefficients,
         sigma_series(singular_triplet(A, method="svd"), H, 6).coefficients,
