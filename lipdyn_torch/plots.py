@@ -1,16 +1,21 @@
-"""Figures from a history: sized for a page of text, safe for colour-blind readers.
+"""Figures from a history: sized for a page of text or for a slide, safe for colour-blind readers.
 
-Curves are told apart by dash pattern and label as well as by colour. Nothing here touches pyplot's global state:
-a `Figure` is returned, to be shown by a notebook or saved with ``figure.savefig(path)``.
+Every figure takes ``context="paper"`` (7 inches wide, 8 point) or ``"slide"`` (13.3 inches wide, 18 point). Time is
+in optimiser steps, logarithms are natural, forces are per unit of the SDE's time (one step takes ``lr``). Curves are
+told apart by dash pattern and label as well as by colour. Nothing here touches pyplot's global state: a `Figure` is
+returned, to be shown by a notebook or saved with ``figure.savefig(path)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lipdyn_torch.dynamics import step_increments
 from lipdyn_torch.history import NETWORK, History
 from lipdyn_torch.predict import SDE, Prediction, observed, pathwise, sde
 
@@ -19,7 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["error_panel", "force_panels", "log_k_panel", "summary_figure"]
+__all__ = [
+    *("error_panel", "force_panels", "forces_figure", "heatmap_figure", "log_k_figure", "log_k_panel"),
+    *("split_figure", "summary_figure", "validity_figure"),
+]
 
 # Okabe and Ito's palette, without yellow, which is too pale for lines.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
@@ -30,15 +38,40 @@ LAYER_STYLES = [
     *[(ORANGE, "-"), (BLACK, "--")],
 ]
 PREDICTOR_STYLES = [(VERMILION, "--"), (BLUE, "-."), (GREEN, (0, (1, 1)))]
-RC: dict[Any, Any] = {
-    **{"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7},
-    **{"xtick.labelsize": 7, "ytick.labelsize": 7, "lines.linewidth": 1.2, "axes.linewidth": 0.6},
-    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
+REST = "rest, not in the SDE"
+#: Of the areas of `forces_figure`: colour and hatching tell them apart.
+FORCES = {
+    "drift": (BLUE, ""),
+    "noise curvature": (ORANGE, "////"),
+    "Ito term of the noise": (GREEN, "...."),
+    REST: ("#BBBBBB", ""),
 }
+#: Size in inches per inch of the page, and base font size in points.
+CONTEXTS = {"paper": (1.0, 8.0), "slide": (1.9, 18.0)}
 
 
-def summary_figure(history: History | pd.DataFrame) -> Figure:
-    """The run in one figure, 7 inches wide.
+@contextmanager
+def _figure(context: str, height: float) -> Iterator[Figure]:
+    """A figure of the context's width and ``height`` (inches on paper), its style in force while it is drawn."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    if context not in CONTEXTS:
+        raise ValueError(f"expected context {' or '.join(map(repr, CONTEXTS))}, got {context!r}")
+    scale, font = CONTEXTS[context]
+    small = font - 1 if context == "paper" else font - 3
+    rc: dict[Any, Any] = {
+        **{"font.size": font, "axes.titlesize": font, "axes.labelsize": font, "legend.fontsize": small},
+        **{"xtick.labelsize": small, "ytick.labelsize": small, "figure.titlesize": font},
+        **{"lines.linewidth": 1.2 * scale, "axes.linewidth": 0.6 * scale, "hatch.linewidth": 0.5 * scale},
+        **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
+    }
+    with mpl.rc_context(rc):
+        yield Figure(figsize=(7.0 * scale, height * scale), layout="constrained")
+
+
+def summary_figure(history: History | pd.DataFrame, context: str = "paper") -> Figure:
+    """The run in one figure.
 
     Above, log K as observed and predicted, and the predictors' errors; below, drift, noise curvature and noise
     of every layer.
@@ -47,6 +80,7 @@ def summary_figure(history: History | pd.DataFrame) -> Figure:
     ----------
     history : History or DataFrame
         At least two monitored steps.
+    context : {"paper", "slide"}
 
     Examples
     --------
@@ -56,11 +90,7 @@ def summary_figure(history: History | pd.DataFrame) -> Figure:
     >>> [axes.get_title() for axes in figure.get_axes()[:2]]
     ['Lipschitz bound of the network', 'Error of the predictors']
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(RC):
-        figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    with _figure(context, 5.0) as figure:
         parts = np.asarray(figure.subfigures(2, 1, height_ratios=[1.0, 1.05]))
         upper, lower = parts[0], parts[1]
         left, right = upper.subplots(1, 2)
@@ -68,15 +98,190 @@ def summary_figure(history: History | pd.DataFrame) -> Figure:
         log_k_panel(left, history, predictions)
         error_panel(right, predictions)
         force_panels(list(lower.subplots(1, 3)), history)
-        handles, labels = lower.axes[0].get_legend_handles_labels()
-        lower.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)), handlelength=3)
+        _legend_below(lower, lower.axes[0])
+    return figure
+
+
+def log_k_figure(history: History | pd.DataFrame, context: str = "paper") -> Figure:
+    """Observed and predicted log K with the band of the SDE, and beside them the predictors' errors.
+
+    Parameters
+    ----------
+    history : History or DataFrame
+        At least two monitored steps. The band needs ``sampling`` and, for shuffled batches, ``dataset_size``.
+    context : {"paper", "slide"}
+    """
+    with _figure(context, 2.8) as figure:
+        left, right = figure.subplots(1, 2)
+        predictions = _predictions(history)
+        log_k_panel(left, history, predictions)
+        error_panel(right, predictions)
+    return figure
+
+
+def forces_figure(history: History | pd.DataFrame, context: str = "paper") -> Figure:
+    """What drift, noise curvature and noise have added to log K so far, stacked; the black line is what it did.
+
+    At every step the areas above zero add up, and those below; their difference is the line. Steps without noise
+    terms go to the rest as a whole, and the label counts them.
+
+    Parameters
+    ----------
+    history : History or DataFrame
+        At least two monitored steps; a monitored step stands for all up to the next.
+    context : {"paper", "slide"}
+
+    Examples
+    --------
+    >>> row = {"layer": "fc", "lr": 0.1, "batch": 4, "mu": 1.0, "kappa": 0.5, "lambda_sq": 0.4, "dz": 0.2}
+    >>> rows = [row | {"step": k, "z": k / 5, "layer": name} for k in (0, 1) for name in ("fc", "network")]
+    >>> axes = forces_figure(History(rows)).get_axes()[0]
+    >>> [float(round(y, 12)) for y in axes.get_lines()[-1].get_ydata()]
+    [0.0, 0.2, 0.4]
+    """
+    step, added, unknown = _contributions(history)
+    with _figure(context, 3.0) as figure:
+        axes = figure.subplots()
+        above, below = np.zeros(len(step)), np.zeros(len(step))
+        for (name, (color, hatch)), values in zip(FORCES.items(), added, strict=True):
+            label = name + (f"\n(and {unknown} steps without noise terms)" if unknown and name == REST else "")
+            up, down = np.maximum(values, 0.0), np.minimum(values, 0.0)
+            style: dict[str, Any] = {"facecolor": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.0}
+            axes.fill_between(step, above, above + up, label=label, **style)
+            axes.fill_between(step, below, below + down, **style)
+            above, below = above + up, below + down
+        axes.axhline(0.0, color=BLACK, linewidth=0.5)
+        axes.plot(step, added.sum(0), color=BLACK, label="observed")
+        axes.set(xlabel="optimiser step", ylabel="added to log K  (nats)", title="What moved the Lipschitz bound")
+        axes.margins(x=0)
+        figure.legend(loc="outside right center")
+    return figure
+
+
+def heatmap_figure(history: History | pd.DataFrame, context: str = "paper") -> Figure:
+    """Layers against time: change of log sigma since the start, drift, and noise; grey where nothing is known.
+
+    Values are means over up to 200 stretches of time. Colours of signed quantities are symmetric about zero and
+    end at the largest value but 2 per cent.
+
+    Parameters
+    ----------
+    history : History or DataFrame
+        At least two monitored steps.
+    context : {"paper", "slide"}
+    """
+    frame = _frame(history)
+    layers = [name for name in frame["layer"].unique() if name != NETWORK]
+    tables = {column: _by_layer(frame, column, layers) for column in ("z", "mu", "lambda_sq")}
+    tables["z"] = tables["z"] - tables["z"][:, :1]
+    titles = ["change of log sigma  (nats)", "drift $\\mu$", "noise $\\lambda^2$"]
+    step = np.unique(frame["step"].to_numpy(int))
+    edges = np.unique(np.linspace(0, len(step), min(200, len(step)) + 1).astype(int))
+    times = np.append(step, step[-1] + 1)[edges]
+    with _figure(context, min(8.0, 1.2 + 3 * max(0.55, 0.14 * len(layers)))) as figure:
+        panels = figure.subplots(3, 1, sharex=True, squeeze=False)[:, 0]
+        for axes, title, table in zip(panels, titles, tables.values(), strict=True):
+            mean = _means_between(table, edges)
+            mesh = axes.pcolormesh(times, np.arange(len(layers) + 1), mean, rasterized=True, **_colours(mean))
+            axes.set_facecolor("#999999")
+            axes.set(title=title)
+            every = -(-len(layers) // 24)
+            axes.set_yticks(np.arange(len(layers))[::every] + 0.5, layers[::every])
+            axes.invert_yaxis()
+            axes.tick_params(axis="y", length=0)
+            figure.colorbar(mesh, ax=axes, pad=0.01, aspect=12)
+        panels[-1].set_xlabel("optimiser step")
+    return figure
+
+
+def validity_figure(history: History | pd.DataFrame, context: str = "paper") -> Figure:
+    """Gap of every layer, and eps: where eps is above 1, expansions in the step have no certificate.
+
+    Parameters
+    ----------
+    history : History or DataFrame
+        At least one monitored step.
+    context : {"paper", "slide"}
+    """
+    frame = _frame(history)
+    with _figure(context, 3.0) as figure:
+        left, right = figure.subplots(1, 2)
+        for axes, column in ((left, "gap"), (right, "eps")):
+            for name, color, dash in _layer_styles(frame):
+                rows = frame[frame["layer"] == name]
+                values = rows[column].to_numpy(float)
+                positive = np.where(values > 0, values, np.nan)
+                axes.plot(rows["step"], positive, color=color, linestyle=dash, label=name)
+            axes.set_yscale("log")
+            axes.set_xlabel("optimiser step")
+        left.set(title="isolation of the largest singular value", ylabel="gap $d$  (unit of the weights)")
+        right.set(title="validity of expansions", ylabel="$\\epsilon = 2\\,\\|D\\|_2 / d$")
+        low, high = right.get_ylim()
+        right.set_ylim(low, max(high, 3.0))
+        right.axhspan(1.0, max(high, 3.0), color=VERMILION, alpha=0.15, linewidth=0)
+        right.axhline(1.0, color=VERMILION, linewidth=0.8)
+        right.text(0.98, 0.98, "no certificate", transform=right.transAxes, ha="right", va="top", color="#A04000")
+        _legend_below(figure, left)
+    return figure
+
+
+def split_figure(history: History | pd.DataFrame, context: str = "paper") -> Figure:
+    """Noise curvature and noise of the network, and the parts from variances and from covariances of the gradient.
+
+    The covariance part has a sign: it is what correlations between weights, and between layers, add or take away.
+    Curves are moving averages.
+
+    Parameters
+    ----------
+    history : History or DataFrame
+        Measured with ``noise="split"``.
+    context : {"paper", "slide"}
+
+    Raises
+    ------
+    ValueError
+        The parts were not measured.
+    """
+    frame = _frame(history)
+    if "kappa_var" not in frame:
+        raise ValueError(
+            "expected a history with variance and covariance parts, got one without; monitor with noise='split'"
+        )
+    rows = frame[frame["layer"] == NETWORK]
+    window = _window(frame)
+    styles = {"": (BLACK, "-", "all"), "_var": (BLUE, "--", "variances"), "_cov": (VERMILION, "-.", "covariances")}
+    with _figure(context, 2.8) as figure:
+        panels = figure.subplots(1, 2)
+        for axes, column, title in zip(
+            panels, ("kappa", "lambda_sq"), ("noise curvature $\\kappa$", "noise $\\lambda^2$"), strict=True
+        ):
+            at = _moving_average(rows["step"].to_numpy(float), window)
+            for part, (color, dash, label) in styles.items():
+                values = _moving_average(rows[column + part].to_numpy(float), window)
+                axes.plot(at, values, color=color, linestyle=dash, label=label)
+                if part:
+                    axes.fill_between(at, 0.0, values, color=color, alpha=0.12, linewidth=0)
+            axes.axhline(0.0, color=BLACK, linewidth=0.5)
+            axes.set(xlabel="optimiser step", title=title)
+        panels[0].set_ylabel(f"per unit time (one step = lr),\nmean of {window} steps")
+        _legend_below(figure, panels[0])
     return figure
 
 
 def log_k_panel(axes: Axes, history: History | pd.DataFrame, predictions: list[Prediction]) -> None:
     """Observed log K against the predictions, with the band of the SDE."""
+    import matplotlib as mpl
+
     step, z = observed(history)
-    axes.plot(step, z, color=BLACK, linewidth=2.6, alpha=0.35, label="observed", solid_capstyle="butt")
+    axes.plot(
+        step,
+        z,
+        color=BLACK,
+        linewidth=2.2 * mpl.rcParams["lines.linewidth"],
+        alpha=0.35,
+        label="observed",
+        solid_capstyle="butt",
+    )
     for prediction, (color, dash) in zip(predictions, PREDICTOR_STYLES, strict=False):
         axes.plot(prediction.step, prediction.predicted, color=color, linestyle=dash, label=prediction.name)
         if prediction.name == SDE and np.isfinite(prediction.half_width).all():
@@ -104,18 +309,16 @@ def error_panel(axes: Axes, predictions: list[Prediction]) -> None:
 
 def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
     """Drift, noise curvature and noise of each layer in three panels, as moving averages."""
-    frame = history.to_pandas() if isinstance(history, History) else history
+    frame = _frame(history)
     titles = {
         "mu": "drift $\\mu$",
         "kappa": "noise curvature $\\kappa$",
         "lambda_sq": "noise $\\lambda^2$",
     }
-    layers = [name for name in frame["layer"].unique() if name != NETWORK]
-    window = max(1, frame["step"].nunique() // 40)
+    window = _window(frame)
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
-        for index, name in enumerate(layers):
+        for name, color, dash in _layer_styles(frame):
             rows = frame[frame["layer"] == name]
-            color, dash = LAYER_STYLES[index % len(LAYER_STYLES)]
             mean = _moving_average(rows[column].to_numpy(float), window)
             at = _moving_average(rows["step"].to_numpy(float), window)
             axes.plot(at, mean, color=color, linestyle=dash, label=name)
@@ -133,6 +336,70 @@ def _predictions(history: History | pd.DataFrame) -> list[Prediction]:
     if np.all(np.diff(step) == 1):
         predictions += [pathwise(history, order=2), pathwise(history, order=3)]
     return predictions
+
+
+def _contributions(history: History | pd.DataFrame) -> tuple[NDArray, NDArray, int]:
+    """Steps (n + 1,), what each of `FORCES` has added by then (4, n + 1), and the number of steps without terms."""
+    frame = _frame(history)
+    rows = frame[frame["layer"] == NETWORK]
+    step, z = observed(frame)
+    m, c, _ = step_increments(rows["lr"], rows["mu"], rows["kappa"], rows["lambda_sq"])
+    layers = frame[frame["layer"] != NETWORK]
+    v = (layers["lr"] * layers["lambda_sq"]).groupby(layers["step"], sort=True).agg(lambda x: x.sum(skipna=False))
+    forces = np.stack([m, c, -v.to_numpy(float) / 2]) * np.append(np.diff(step[:-1]), 1)
+    unknown = ~np.isfinite(forces).all(0)
+    forces = np.where(unknown, 0.0, forces)
+    added = np.concatenate([np.zeros((3, 1)), np.cumsum(forces, axis=1)], axis=1)
+    return step, np.concatenate([added, [z - z[0] - added.sum(0)]]), int(unknown.sum())
+
+
+def _by_layer(frame: pd.DataFrame, column: str, layers: list[str]) -> NDArray[np.float64]:
+    """A column as (layers, monitored steps), NaN where a row is missing."""
+    table = frame.pivot_table(index="layer", columns="step", values=column, dropna=False)
+    return table.reindex(index=layers, columns=np.unique(frame["step"])).to_numpy(float)
+
+
+def _means_between(table: NDArray[np.float64], edges: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Means over the columns between successive edges; NaN where nothing is known."""
+    known = np.isfinite(table)
+    sums = np.add.reduceat(np.where(known, table, 0.0), edges[:-1], axis=1)
+    counts = np.add.reduceat(known, edges[:-1], axis=1, dtype=float)
+    return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
+
+
+def _colours(values: NDArray[np.float64]) -> dict[str, Any]:
+    """Two hues about zero for signed values, one scale (logarithmic) for positive ones."""
+    from matplotlib.colors import LogNorm
+
+    known = values[np.isfinite(values)]
+    if known.size and known.min() > 0:
+        return {"cmap": "cividis", "norm": LogNorm(*np.quantile(known, [0.02, 1.0]))}
+    end = float(np.quantile(np.abs(known), 0.98)) if known.size else 1.0
+    return {"cmap": "PuOr", "vmin": -(end or 1.0), "vmax": end or 1.0}
+
+
+def _layer_styles(frame: pd.DataFrame) -> Iterator[tuple[str, str, Any]]:
+    """Name, colour and dash pattern of each layer."""
+    layers = [name for name in frame["layer"].unique() if name != NETWORK]
+    for index, name in enumerate(layers):
+        color, dash = LAYER_STYLES[index % len(LAYER_STYLES)]
+        yield name, color, dash
+
+
+def _legend_below(figure: Any, axes: Axes) -> None:
+    """One legend for all panels; of many layers, the first 21."""
+    handles, labels = axes.get_legend_handles_labels()
+    more = [f"and {len(labels) - 21} more"] if len(labels) > 21 else []
+    handles, labels = handles[: 21 + len(more)], labels[:21] + more
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)), handlelength=3)
+
+
+def _window(frame: pd.DataFrame) -> int:
+    return max(1, frame["step"].nunique() // 40)
+
+
+def _frame(history: History | pd.DataFrame) -> pd.DataFrame:
+    return history.to_pandas() if isinstance(history, History) else history
 
 
 def _moving_average(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

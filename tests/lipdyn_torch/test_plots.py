@@ -1,0 +1,159 @@
+"""Figures show the numbers of the history, and say what is missing."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lipdyn_torch import History, plots
+from lipdyn_torch.history import NETWORK
+from lipdyn_torch.predict import SDE, observed, sde
+
+FIGURES = [
+    *(plots.summary_figure, plots.log_k_figure, plots.forces_figure, plots.heatmap_figure),
+    *(plots.validity_figure, plots.split_figure),
+]
+LAYERS = ["body.0", "head"]
+
+
+def history(steps: int = 30, every: int = 1, unknown: int | None = None, layers: list[str] = LAYERS) -> History:
+    """Rows with plain numbers; the noise terms of one step may be unknown."""
+    rows = []
+    rng = np.random.default_rng(0)
+    z = dict.fromkeys(layers, 0.5)
+    for step in range(0, steps * every, every):
+        made = []
+        for name in layers:
+            noise = math.nan if step == unknown else 1.0
+            row = {"step": step, "layer": name, "lr": 0.1, "batch": 4, "sigma": math.exp(z[name]), "gap": 0.1}
+            row |= {"eps": 0.05 * (step + 1), "mu": noise * float(rng.normal()), "z": z[name], "gHg": 0.0}
+            row |= {"kappa_var": noise * 0.3, "kappa_cov": -noise * 0.1, "kappa": noise * 0.2}
+            row |= {"lambda_sq_var": noise * 0.4, "lambda_sq_cov": noise * 0.2, "lambda_sq": noise * 0.6}
+            dz = 0.1 * float(rng.normal())
+            made.append(row | {"dz": dz, "dz1": dz, "dz2": dz, "dz3": dz, "status": "ok"})
+            z[name] += every * dz
+        summed = ("z", "dz", "dz1", "dz2", "dz3", "mu", *(k for k in made[0] if k.startswith(("kappa", "lambda"))))
+        rows += [*made, made[0] | {"layer": NETWORK} | {key: sum(row[key] for row in made) for key in summed}]
+    return History(rows, {"sampling": "shuffle", "dataset_size": 40})
+
+
+@pytest.mark.parametrize("context", ["paper", "slide"])
+@pytest.mark.parametrize("draw", FIGURES, ids=lambda f: f.__name__)
+def test_figures_are_drawn_at_their_size(tmp_path, draw, context):
+    figure = draw(history(), context=context)
+    width, height = figure.get_size_inches()
+    assert width == pytest.approx({"paper": 7.0, "slide": 13.3}[context])
+    assert height < 0.75 * width
+    sizes = {text.get_fontsize() for axes in figure.get_axes() for text in [axes.title, *axes.get_xticklabels()]}
+    assert min(sizes) >= {"paper": 7, "slide": 15}[context]
+    figure.savefig(tmp_path / "figure.png", dpi=50)
+    boxes = [axes.get_tightbbox() for axes in figure.get_axes()]
+    bounds = figure.bbox
+    assert all(b.x0 >= -1 and b.x1 <= bounds.x1 + 1 and b.y0 >= -1 and b.y1 <= bounds.y1 + 1 for b in boxes)
+
+
+@pytest.mark.parametrize("draw", FIGURES, ids=lambda f: f.__name__)
+def test_figures_take_tables_gaps_and_missing_terms(tmp_path, draw):
+    for case in (history(every=3), history(unknown=5), history(layers=[f"layer.{k}" for k in range(40)])):
+        draw(case.to_pandas()).savefig(tmp_path / "figure.png", dpi=30)
+
+
+def test_the_style_does_not_leak():
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    plots.forces_figure(history(), context="slide")
+    with pytest.raises(ValueError, match="expected context 'paper' or 'slide', got 'poster'"):
+        plots.forces_figure(history(), context="poster")
+    assert dict(mpl.rcParams) == before
+
+
+def test_log_k_and_the_band():
+    axes = plots.log_k_figure(history()).get_axes()[0]
+    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    prediction = sde(history())
+    assert lines["observed"] == pytest.approx(prediction.observed)
+    assert lines[SDE] == pytest.approx(prediction.predicted)
+    (band,) = axes.collections
+    edge = band.get_paths()[0].vertices
+    assert edge[:, 1].max() == pytest.approx((prediction.predicted + prediction.half_width).max())
+
+
+def stacked(figure) -> tuple[np.ndarray, dict[str, list]]:
+    """The observed line, and the vertical extent of every area at the last step."""
+    axes = figure.get_axes()[0]
+    extents: dict[str, list] = {}
+    areas = axes.collections
+    for up, down in zip(areas[::2], areas[1::2], strict=True):
+        ends = [v[1] for area in (up, down) for v in area.get_paths()[0].vertices if v[0] == axes.get_xlim()[1]]
+        extents[up.get_label()] = ends
+    return axes.get_lines()[-1].get_ydata(), extents
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_stack_adds_up_to_what_was_observed(every):
+    h = history(every=every)
+    line, extents = stacked(plots.forces_figure(h))
+    _, z = observed(h)
+    assert line == pytest.approx(z - z[0])
+    assert list(extents) == list(plots.FORCES)
+    above = max(max(ends) for ends in extents.values())
+    below = min(min(ends) for ends in extents.values())
+    assert above + below == pytest.approx(line[-1])
+    # 29 monitored steps stand for all up to the next, the last for itself: 0.1 * 2 layers * (kappa or -lambda^2/2)
+    time = 0.1 * 2 * (29 * every + 1)
+    curvature, ito = (extents[name] for name in ("noise curvature", "Ito term of the noise"))
+    assert max(curvature) - min(e for e in curvature if e >= max(curvature) - 0.2 * time - 1e-9) == pytest.approx(
+        0.2 * time
+    )
+    assert -0.3 * time == pytest.approx(min(ito) - max(e for e in ito if e <= min(ito) + 0.3 * time + 1e-9))
+
+
+def test_steps_without_terms_are_counted_and_belong_to_the_rest():
+    known, unknown = (plots.forces_figure(history(unknown=step)) for step in (None, 5))
+    labels = [[text.get_text() for text in f.legends[0].get_texts()] for f in (known, unknown)]
+    assert labels[0][:4] == list(plots.FORCES)
+    assert labels[1][3] == "rest, not in the SDE\n(and 1 steps without noise terms)"
+    assert stacked(unknown)[0] == pytest.approx(stacked(known)[0])
+
+
+def test_heat_maps_hold_the_layers_values():
+    h = history(unknown=5)
+    figure = plots.heatmap_figure(h)
+    panels = [axes for axes in figure.get_axes() if axes.get_title()]
+    frame = h.to_pandas()
+    for axes, column in zip(panels, ("z", "mu", "lambda_sq"), strict=True):
+        shown = np.ma.filled(axes.collections[0].get_array(), np.nan)
+        assert [tick.get_text() for tick in axes.get_yticklabels()] == LAYERS
+        for row, name in zip(shown, LAYERS, strict=True):
+            want = frame[frame["layer"] == name][column].to_numpy()
+            assert row == pytest.approx(want - want[0] if column == "z" else want, nan_ok=True)
+    assert (
+        np.isnan(panels[1].collections[0].get_array()[:, 5].astype(float)).all()
+        or np.ma.getmaskarray(panels[1].collections[0].get_array())[:, 5].all()
+    )
+    long = plots.heatmap_figure(history(steps=450)).get_axes()[0].collections[0].get_array()
+    assert long.shape == (2, 200)
+
+
+def test_validity_marks_where_certificates_end():
+    left, right = plots.validity_figure(history()).get_axes()[:2]
+    assert [line.get_label() for line in left.get_lines()] == LAYERS
+    assert right.get_lines()[0].get_ydata() == pytest.approx([0.05 * (k + 1) for k in range(30)])
+    low, high = right.patches[0].get_extents().transformed(right.transData.inverted()).intervaly
+    assert low == pytest.approx(1.0)
+    assert high >= 1.5
+    assert right.get_yscale() == left.get_yscale() == "log"
+
+
+def test_split_shows_parts_with_their_signs():
+    axes = plots.split_figure(history()).get_axes()[0]
+    lines = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    assert lines["all"] == pytest.approx(0.4)
+    assert lines["variances"] == pytest.approx(0.6)
+    assert lines["covariances"] == pytest.approx(-0.2)
+    rows = [{k: v for k, v in row.items() if not k.endswith(("_var", "_cov"))} for row in history()]
+    with pytest.raises(ValueError, match="expected a history with variance and covariance parts, got one without; mon"):
+        plots.split_figure(History(rows))
