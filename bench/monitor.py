@@ -1,0 +1,125 @@
+"""The monitor in units of one plain training step, and per-sample gradients written the obvious way beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from bench.harness import Row, compare
+from lipdyn_torch import LipschitzMonitor
+
+
+def convnet() -> nn.Module:
+    """The paper's five layers for 3 x 32 x 32 images."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 128, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2048, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
+    )
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, 10))
+
+
+def trainer(make: Callable[[], nn.Module], shape: tuple[int, ...], M: int, settings: dict | None) -> Callable[[], None]:
+    """One training step as a function; with a monitor where there are settings for it."""
+    torch.manual_seed(0)
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batches = [(torch.randn(M, *shape), torch.randint(0, 10, (M,))) for _ in range(4)]
+    count = 0
+    if settings is not None:
+        LipschitzMonitor(model, optimizer, **settings)
+
+    def step() -> None:
+        nonlocal count
+        x, y = batches[count % len(batches)]
+        count += 1
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def repeated(step: Callable[[], None], times: int) -> Callable[[], None]:
+    def steps() -> None:
+        for _ in range(times):
+            step()
+
+    return steps
+
+
+def row(
+    name: str,
+    make: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    M: int,
+    settings: dict,
+    limit: float | None,
+    seconds: float = 20.0,
+) -> Row:
+    every = settings.get("every", 1)
+    steps = min(every, 10)
+    ours, plain = (repeated(trainer(make, shape, M, s), steps) for s in (settings, None))
+    return compare(name, ours, plain, limit=limit, seconds=seconds)
+
+
+def per_sample(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], M: int) -> Row:
+    """vmap(grad) and a thin SVD of every layer for the same terms, to a plain step: what the monitor replaces."""
+    torch.manual_seed(0)
+    model = make()
+    params = {k: v.detach() for k, v in model.named_parameters()}
+    x, y = torch.randn(M, *shape), torch.randint(0, 10, (M,))
+
+    def loss(p: dict, xi: torch.Tensor, yi: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(torch.func.functional_call(model, p, (xi[None],)), yi[None])
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    plain = trainer(make, shape, M, None)
+
+    def obvious() -> None:
+        plain()
+        for key, G in gradients(params, x, y).items():
+            if G.ndim > 2:
+                W, G = params[key].flatten(1), G.flatten(2)
+                U, s, Vh = torch.linalg.svd(W, full_matrices=False)
+                G = G - G.mean(0)
+                p, q = G @ Vh[0], U[:, 0] @ G
+                a, b = p @ U, q @ Vh.T
+                ((s[0] * (a**2 + b**2) + 2 * s * a * b)[:, 1:] / (s[0] ** 2 - s[1:] ** 2)).sum()
+
+    return compare(name, obvious, plain, seconds=15.0)
+
+
+def jobs() -> list[Callable[[], Row]]:
+    image, pixels = (3, 32, 32), (784,)
+    return [
+        partial(row, "ConvNet 3x32x32, M = 128, all terms, every step", convnet, image, 128, {}, 1.30),
+        partial(row, "the same with the split", convnet, image, 128, {"noise": "split"}, 1.60),
+        partial(row, "the same, every 10th step", convnet, image, 128, {"every": 10}, 1.04),
+        partial(row, "the same, attached but idle", convnet, image, 128, {"every": 10**9}, 1.01),
+        partial(per_sample, "the same by vmap(grad) and a thin SVD", convnet, image, 128),
+        partial(row, "MLP 784-512-256-10, M = 128, all terms, every step", mlp, pixels, 128, {}, 3.0),
+        partial(row, "the same, every 10th step", mlp, pixels, 128, {"every": 10}, 1.20),
+        partial(row, "the same, attached but idle", mlp, pixels, 128, {"every": 10**9}, 1.01),
+        partial(per_sample, "the same by vmap(grad) and a thin SVD", mlp, pixels, 128),
+        partial(row, "Linear 4096 -> 1024, M = 64, all terms, every step", wide, (4096,), 64, {}, 2.5),
+    ]
