@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from bench import against_autograd, against_lapack, against_peers
+from bench import against_autograd, against_lapack, against_peers, monitor
 from bench.harness import run
 
 TABLES = {
     "against_lapack": against_lapack.jobs,
     "against_autograd": against_autograd.jobs,
     "against_peers": against_peers.jobs,
+    "monitor": monitor.jobs,
 }
 
 
