@@ -115,7 +115,7 @@ def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor) -> Tensor:
 
 def hessian_diagonal(spectrum: Spectrum) -> Tensor:
     """The diagonal of the Hessian of sigma as a matrix (m, n) (theory 2.4)."""
-    return specpert.SigmaHessian(spectrum.triplet).diagonal()
+    return specpert.SigmaHessian(spectrum.matrix).diagonal()  # needs all singular vectors
 
 
 def taylor(spectrum: Spectrum, step: Tensor) -> list[float]:

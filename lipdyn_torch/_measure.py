@@ -155,7 +155,7 @@ def network_row(measurements: Sequence[Measurement]) -> Row:
     moving = [m for m in measurements if not m.caught.frozen]
     split = measurements[0].split
     lr = max(m.row["lr"] for m in (moving or measurements))
-    batches = {m.row["batch"] for m in moving}
+    batches = {m.row["batch"] for m in moving if m.row["batch"] > 0}
     row: Row = {"layer": NETWORK, "lr": lr, "batch": max(batches, default=0), "gHg": _NAN}
     row["z"] = sum(r["z"] for r in rows)
     row["sigma"] = math.exp(row["z"]) if row["z"] < 700 else _NAN

@@ -114,11 +114,11 @@ def _taps(module: Any, t: Tensor, size: torch.Size) -> Tensor:
     """(M, *out) to (M, S, K): column k holds ``t`` at the input pixels that tap k reads."""
     placed = t.new_zeros(len(t), *size, *module.kernel_size)
     for tap in itertools.product(*(range(k) for k in module.kernel_size)):
-        where = (
+        where = tuple(
             slice(a * d, a * d + (out - 1) * s + 1, s)
             for a, d, s, out in zip(tap, module.dilation, module.stride, t.shape[1:], strict=True)
         )
-        placed[(slice(None), *where, *tap)] = t
+        placed[:, *where, *tap] = t
     return placed.flatten(1, len(size)).flatten(2)
 
 
@@ -132,7 +132,9 @@ def _patches(module: Any, x: Tensor, out: torch.Size) -> Tensor:
     return x.flatten(2, dims + 1).flatten(3)
 
 
-for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register_rule(_type, ConvRule())
-for _type in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-    register_rule(_type, ConvTransposeRule())
+_TYPES: dict[type[nn.Module], LayerRule] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvRule()),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ConvTransposeRule()),
+}
+for _type, _rule in _TYPES.items():
+    register_rule(_type, _rule)

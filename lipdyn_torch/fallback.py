@@ -65,7 +65,7 @@ class FallbackRule(LayerRule):
         args, kwargs, buffers, training = x
         (name,) = self.parameters(module, block.part)
         twin, axis = self._twin(module).train(training), self.sample_axis(module)
-        fixed = {key: _double(value) for key, value in (*module.named_parameters(), *buffers.items())}
+        fixed = {key: _double(value) for key, value in module.named_parameters()}
         delta = _double(delta).movedim(axis, 0)
         keys = [*(None for _ in args), *kwargs]
         values = [_double(value) for value in (*args, *kwargs.values())]
@@ -79,7 +79,8 @@ class FallbackRule(LayerRule):
             given, named = tuple(whole[: len(args)]), dict(zip(kwargs, whole[len(args) :], strict=True))
 
             def run(weight: Tensor) -> Tensor:
-                out = self.output(module, torch.func.functional_call(twin, {**fixed, name: weight}, given, named))
+                state = {**fixed, name: weight} | {key: _double(b).clone() for key, b in buffers.items()}
+                out = self.output(module, torch.func.functional_call(twin, state, given, named))
                 assert out is not None
                 return out
 

@@ -1,0 +1,212 @@
+"""Every kind of layer against the dense definition, and the report on what is read how."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from dense_forces import compare, flat, forces, per_sample
+from torch import Tensor, nn
+
+from lipdyn_torch import LipschitzMonitor
+from lipdyn_torch.layers import LayerRule, register_rule
+from lipdyn_torch.low_rank import LowRankSumRule
+
+
+class Twice(nn.Module):
+    """One layer called twice, and its weight used by another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))
+
+
+class TiedEmbedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(7, 4, padding_idx=2)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(x)))
+
+
+class Attention(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, **settings)
+        self.first = settings.get("batch_first", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.first else x.transpose(0, 1)
+        other = x[..., : self.attention.kdim] if self.attention.kdim else x
+        mask = torch.triu(torch.ones(3, 3, dtype=torch.bool), 1)
+        out = self.attention(x, other, other, attn_mask=mask)[0]
+        return out if self.first else out.transpose(0, 1)
+
+
+class LowRank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(5, 4)
+        self.base.requires_grad_(False)
+        self.up, self.down = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(2, 5))
+        self.scaling = 0.7
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scaling * x @ self.down.T @ self.up.T
+
+
+class Own(nn.Module):
+    """No rule: read by the fallback."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(5, 4))
+        self.shift = nn.Parameter(torch.randn(4))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(x @ self.mix + self.shift) @ self.mix.T
+
+
+class OwnWithRule(Own):
+    pass
+
+
+class OwnRule(LayerRule):
+    parameter = "mix"
+
+    def per_sample(self, module, x, delta, block):
+        x, delta = x.double(), delta.double()
+        hidden = torch.tanh(x @ module.mix + module.shift)
+        back = (delta @ module.mix) * (1 - hidden.square())
+        yield (torch.einsum("ia,ib->iab", delta, hidden) + torch.einsum("ia,ib->iab", x, back)).detach()
+
+
+register_rule(LowRank, LowRankSumRule("base.weight", "up", "down", "scaling"))
+register_rule(OwnWithRule, OwnRule())
+
+F64 = torch.float64
+MODELS = {
+    "conv1d": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1, dilation=2), (2, 9), {}),
+    "conv1d-depthwise": (lambda: nn.Conv1d(3, 6, 3, groups=3, padding="same"), (3, 5), {}),
+    "conv2d-groups": (lambda: nn.Conv2d(4, 6, (2, 3), groups=2, stride=(1, 2), padding=(0, 1)), (4, 3, 5), {}),
+    "conv3d": (lambda: nn.Conv3d(1, 3, 2, stride=(1, 2, 1), padding=(0, 1, 0)), (1, 3, 3, 3), {}),
+    "transposed1d": (lambda: nn.ConvTranspose1d(3, 2, 3, stride=2, padding=1, output_padding=1), (3, 4), {}),
+    "transposed2d-groups": (lambda: nn.ConvTranspose2d(4, 6, (3, 2), groups=2, dilation=2, stride=2), (4, 2, 3), {}),
+    "transposed2d-output-padding": (
+        lambda: nn.ConvTranspose2d(2, 3, 2, stride=1, dilation=3, output_padding=2),
+        (2, 3, 3),
+        {},
+    ),
+    "transposed3d": (lambda: nn.ConvTranspose3d(2, 2, 2, stride=(2, 1, 1)), (2, 2, 2, 2), {}),
+    "embedding": (lambda: nn.Embedding(7, 4, padding_idx=2), (5,), {}),
+    "embedding-sparse": (lambda: nn.Embedding(7, 4, sparse=True), (5,), {}),
+    "tied-embedding": (TiedEmbedding, (5,), {"table": ("table.weight",)}),
+    "twice-and-tied": (Twice, (4,), {"a": ("a.weight",)}),
+    "attention": (Attention, (3, 4), {}),
+    "attention-batch-first": (lambda: Attention(batch_first=True), (3, 4), {}),
+    "attention-kdim": (lambda: Attention(kdim=3, vdim=3), (3, 4), {}),
+    "low-rank": (LowRank, (5,), {"LowRank": ("base.weight", "up", "down")}),
+    "fallback": (Own, (5,), {"Own.mix": ("mix",)}),
+    "own-rule": (OwnWithRule, (5,), {"OwnWithRule": ("mix",)}),
+}
+
+
+def matrices(name: str, row: str, model: nn.Module):
+    """The effective matrices of a row as a function of its parameters."""
+    if name == "low-rank":
+        return lambda W, B, A: W + 0.7 * B @ A
+    if name.startswith("attention") and model.attention._qkv_same_embed_dim and not row.endswith("out_proj"):
+        return lambda w: w.chunk(3)["qkv".index(row[-1])]
+    groups = getattr(model, "groups", 1)
+    return lambda w: w.reshape(groups, w.shape[0] // groups, -1)
+
+
+def names_of(row: str, model: nn.Module, known: dict) -> tuple[str, ...]:
+    if row in known:
+        return known[row]
+    if isinstance(model, Attention):
+        if row.endswith("out_proj"):
+            return ("attention.out_proj.weight",)
+        apart = not model.attention._qkv_same_embed_dim
+        return (f"attention.{row[-1]}_proj_weight" if apart else "attention.in_proj_weight",)
+    return ("weight",)
+
+
+def build(name: str):
+    torch.manual_seed(5)
+    make, shape, known = MODELS[name]
+    model = make().double()
+    x = torch.randint(7, (6, *shape)) if "embedding" in name else torch.randn(6, *shape, dtype=F64)
+    with torch.no_grad():
+        out = model(x)
+    target = torch.randn(out.shape, dtype=F64)
+    return model, known, x, lambda m, i: (torch.sin(m(x[i]) + target[i]) * target[i]).sum() / 6
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("noise", ["full", "split"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_layer_against_the_dense_definition(name, noise, kind):
+    model, known, x, loss = build(name)
+    if kind == "adam" and "sparse" in name:
+        return  # Adam takes no sparse gradients
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if kind == "sgd":
+        optimizer = torch.optim.SGD(trained, lr=1e-3)
+    else:
+        optimizer = torch.optim.Adam(trained, lr=1e-4)
+    everything = slice(None)
+    monitor = LipschitzMonitor(model, optimizer, noise=noise)
+    with torch.no_grad():
+        assert all(watch.spectrum.triplet is not None for watch in monitor._watches)
+    rows_names = {row: names_of(row, model, known) for row in monitor.layers}
+    monitor._switch.on = False
+    G = {
+        row: per_sample(model.requires_grad_(True), names, lambda m, i: loss(m, slice(i, i + 1)), 6)
+        for row, names in rows_names.items()
+    }
+    for p in model.parameters():
+        p.requires_grad_(any(p is q for q in trained))
+    monitor._switch.on = True
+    before = {row: [model.get_parameter(n).detach().clone() for n in names] for row, names in rows_names.items()}
+    optimizer.zero_grad()
+    loss(model, everything).backward()
+    optimizer.step()
+    for row in monitor.history.rows[:-1]:
+        names = rows_names[row["layer"]]
+        parameters = [model.get_parameter(n) for n in names]
+        W, b = [], []
+        for p, old in zip(parameters, before[row["layer"]], strict=True):
+            b.append(p.detach() - old)
+            if not p.requires_grad:
+                W.append(torch.zeros_like(p))
+            elif kind == "sgd":
+                W.append(torch.ones_like(p))
+            else:
+                W.append(1 / ((optimizer.state[p]["exp_avg_sq"] / 1e-3).sqrt() + 1e-8))
+        effective = matrices(name, row["layer"], model)
+        lr = optimizer.param_groups[0]["lr"]
+        expected = forces(before[row["layer"]], effective, G[row["layer"]], flat(W).detach(), flat(b), lr)
+        if noise == "split" and name == "low-rank":
+            assert row["status"] == "variance part: the matrix is not a parameter itself"
+            assert math.isnan(row["kappa_var"])
+        else:
+            assert row["status"] == "ok"
+        compare(row, expected)
+        if noise == "split" and name != "low-rank":
+            compare(row, expected, ["kappa_var", "lambda_sq_var"])
+        sigma = torch.linalg.svdvals(effective(*parameters).detach()).max()
+        assert row["z"] + row["dz"] == pytest.approx(float(sigma.log()), abs=1e-12)
+        assert abs(row["remainder"]) <= row["bound"]
+    monitor.close()

@@ -1,0 +1,457 @@
+"""Training loops as people write them: the rows are those of the plain loop, or say what is different."""
+
+from __future__ import annotations
+
+import gc
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from lipdyn_torch import LipschitzMonitor
+from lipdyn_torch.errors import LayerReplacedError, SilentHookError
+from lipdyn_torch.history import ResumeError
+
+FORCES = ["mu", "kappa", "lambda_sq"]
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def data(dtype: torch.dtype = torch.float32, samples: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(samples, 6, generator=generator).to(dtype), torch.randint(3, (samples,), generator=generator)
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.01)
+
+
+def run(loop, model=None, optimizer=None, **settings):
+    """Rows of a loop ``loop(model, optimizer)``."""
+    model = model or mlp(torch.float64)
+    optimizer = optimizer or sgd(model)
+    with LipschitzMonitor(model, optimizer, **settings) as monitor:
+        loop(model, optimizer)
+    return monitor.history.rows
+
+
+def plain(model, optimizer, forward=None, steps: int = 2):
+    x, y = data(next(model.parameters()).dtype)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        functional.cross_entropy((forward or model)(x), y).backward()
+        optimizer.step()
+
+
+def same(rows, expected, rel: float = 1e-9):
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        assert row["status"] == other["status"]
+        for key, value in other.items():
+            if isinstance(value, float):
+                assert row[key] == pytest.approx(value, rel=rel, abs=1e-14, nan_ok=True), (row["layer"], key)
+
+
+# --- precision -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
+def test_autocast_gives_terms_in_true_units(dtype, rel):
+    def loop(model, optimizer):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=dtype == torch.float16)
+        x, y = data()
+        for _ in range(2):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=dtype):
+                loss = functional.cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    mixed = run(loop, model=mlp())
+    single = run(plain, model=mlp())
+    assert len(mixed) == len(single)
+    for row, expected in zip(mixed, single, strict=True):
+        if dtype == torch.float16:
+            assert "gradients were rescaled after the backward pass: factor 0.000244" in row["status"]
+        else:
+            assert row["status"] == "ok"
+        for key in FORCES:
+            scale = max(abs(r[key]) for r in single)
+            assert row[key] == pytest.approx(expected[key], rel=rel, abs=rel * scale * 0.2), key
+
+
+def test_a_step_skipped_by_the_scaler_is_a_row_without_forces():
+    model = mlp()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1000)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for step in range(3):
+            x, y = data()
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            loss = functional.cross_entropy(model(x), y) * (math.inf if step == 1 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    assert monitor.history.steps == [0, 1, 2]
+    skipped = [row for row in monitor.history if row["step"] == 1]
+    for row in skipped:
+        assert "step skipped: gradients were cleared without a step" in row["status"]
+        assert all(math.isnan(row[key]) for key in FORCES)
+        assert row["dz"] == row["dz2"] == row["eps"] == 0.0
+    assert all("skipped" not in row["status"] for row in monitor.history if row["step"] != 1)
+    assert not any(math.isnan(row["kappa"]) for row in monitor.history if row["step"] != 1)
+
+
+def test_fused_optimisers_unscale_inside_the_step():
+    def loop(scaled):
+        def steps(model, optimizer):
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled, growth_interval=1000)
+            x, y = data()
+            for step in range(3):
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(model(x), y)
+                if step == 1 and scaled:
+                    loss = loss * math.inf
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+
+        return steps
+
+    rows = []
+    for scaled in (True, False):
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+        rows.append(run(loop(scaled), model=model, optimizer=optimizer))
+    scaled, plainly = rows
+    for row, expected in zip(scaled[:4], plainly[:4], strict=True):
+        assert row["kappa"] == pytest.approx(expected["kappa"], rel=1e-4)
+        assert row["mu"] == pytest.approx(expected["mu"], rel=1e-3)
+    assert all("overflowed" in row["status"] and row["dz"] == 0.0 for row in scaled[4:8])
+    assert all(math.isnan(row["mu"]) for row in scaled[4:8])
+
+
+# --- shape of the loop ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("noise", ["full", "split"])
+def test_activation_checkpointing(reentrant, noise):
+    def forward(model):
+        def inner(x):
+            x = x.requires_grad_()
+            x = checkpoint(model[:2], x, use_reentrant=reentrant)
+            return checkpoint(model[2:], x, use_reentrant=reentrant)
+
+        return inner
+
+    expected = run(plain, noise=noise)
+    same(run(lambda m, o: plain(m, o, forward(m)), noise=noise), expected)
+
+
+def test_a_weight_shared_across_checkpoints_is_one_batch():
+    """The same layer inside and outside a reentrant checkpoint: samples are paired, not appended."""
+
+    def forward(model, inside):
+        def inner(x):
+            x = model[0](x.requires_grad_())
+            body = nn.Sequential(nn.Tanh(), model[2], nn.Tanh(), model[2])
+            x = checkpoint(body, x, use_reentrant=True) if inside else body(x)
+            return model[4](torch.tanh(model[2](x)))
+
+        return inner
+
+    tables = [run(lambda m, o, inside=inside: plain(m, o, forward(m, inside), 1)) for inside in (False, True)]
+    assert {row["batch"] for row in tables[1]} == {12}
+    same(tables[1], tables[0])
+
+
+@pytest.mark.parametrize("noise", ["full", "split"])
+@pytest.mark.parametrize("make", [sgd, lambda model: torch.optim.Adam(model.parameters(), lr=1e-3)])
+def test_gradient_accumulation(make, noise):
+    def pieces(model, optimizer):
+        x, y = data(torch.float64)
+        for _ in range(2):
+            optimizer.zero_grad()
+            for part in range(3):
+                functional.cross_entropy(model(x[part::3]), y[part::3]).backward()
+            for p in model.parameters():
+                p.grad /= 3  # averaged by hand, after the backward passes
+            optimizer.step()
+
+    rows = []
+    for loop in (plain, pieces):
+        model = mlp(torch.float64)
+        rows.append(run(loop, model=model, optimizer=make(model), noise=noise))
+    expected, accumulated = rows
+    assert {row["batch"] for row in accumulated} == {12}
+    assert all("factor 0.333" in row["status"] for row in accumulated)
+    for row in accumulated:
+        row["status"] = "ok"
+    same(accumulated, expected)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_evaluation_between_steps_and_both_ways_to_clear_gradients(set_to_none):
+    def loop(model, optimizer):
+        x, y = data(torch.float64)
+        for _ in range(2):
+            model.eval()
+            with torch.no_grad():
+                model(x)
+            with torch.inference_mode():
+                model(x)
+            model(x).sum()  # never differentiated
+            model.train()
+            optimizer.zero_grad(set_to_none=set_to_none)
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    same(run(loop), run(plain))
+
+
+def test_a_changed_batch_size():
+    def loop(model, optimizer):
+        for samples in (12, 5, 1, 7):
+            x, y = data(torch.float64, samples)
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    rows = run(loop)
+    assert [row["batch"] for row in rows if row["layer"] == "network"] == [12, 5, 1, 7]
+    assert {row["status"] for row in rows if row["batch"] > 1} == {"ok"}
+
+
+def test_nan_loss_marks_the_row_and_leaves_training_alone():
+    def loop(model, optimizer):
+        x, y = data(torch.float64)
+        (functional.cross_entropy(model(x), y) * math.nan).backward()
+        optimizer.step()
+
+    model = mlp(torch.float64)
+    rows = run(loop, model=model)
+    assert all("gradient is not finite" in row["status"] for row in rows)
+    assert all(math.isnan(row["mu"]) for row in rows)
+    assert bool(model[0].weight.isnan().all())
+
+
+def test_a_replaced_layer_or_weight_is_an_error():
+    for replace in (
+        lambda m: m.__setitem__(2, nn.Linear(8, 8)),
+        lambda m: setattr(m[2], "weight", nn.Parameter(torch.randn(8, 8))),
+        lambda m: m.__delitem__(4),
+    ):
+        model = mlp()
+        optimizer = sgd(model)
+        with LipschitzMonitor(model, optimizer):
+            replace(model)
+            model(data()[0]).sum().backward()
+            with pytest.raises(LayerReplacedError, match=r"expected layer '[24]' to be the one .* attach a new one"):
+                optimizer.step()
+
+
+def test_lbfgs_has_the_path_over_all_its_evaluations():
+    model = mlp(torch.float64)
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    x, y = data(torch.float64)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    norm = float(torch.linalg.matrix_norm(model[0].weight.detach(), 2))
+    with LipschitzMonitor(model, optimizer) as monitor:
+        optimizer.step(closure)
+    row = monitor.history.rows[0]
+    after = float(torch.linalg.matrix_norm(model[0].weight.detach(), 2))
+    assert "LBFGS: drift and noise terms are not known" in row["status"]
+    assert row["dz"] == pytest.approx(math.log(after / norm), abs=1e-12)
+
+
+def test_adam_with_a_closure():
+    def loop(model, optimizer):
+        x, y = data(torch.float64)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+
+    rows = []
+    for steps in (plain, loop):
+        model = mlp(torch.float64)
+        rows.append(run(steps, model=model, optimizer=torch.optim.Adam(model.parameters(), lr=1e-3)))
+    same(rows[1], rows[0])
+
+
+# --- compiled models -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["function", "method"])
+def test_compiled_models_run_eagerly_on_measured_steps(way):
+    torch.compiler.reset()
+    model = mlp(torch.float64)
+    if way == "method":
+        model.compile(backend="eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="eager")
+    optimizer = sgd(model)
+    with LipschitzMonitor(compiled, optimizer, every=2) as monitor:
+        plain(model, optimizer, compiled, 5)
+    expected = run(lambda m, o: plain(m, o, steps=5), every=2)
+    same(monitor.history.rows, expected)
+    assert monitor.history.steps == [0, 2, 4]
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hooks_compiled_away_are_an_error():
+    """Attached to the inner model after the first compiled call: hooks are ignored without a word, by torch."""
+    torch.compiler.reset()
+    model = mlp()
+    compiled = torch.compile(model, backend="eager")
+    compiled(data()[0])
+    optimizer = sgd(model)
+    with LipschitzMonitor(model, optimizer), pytest.raises(SilentHookError, match=r"what torch.compile returned"):
+        plain(model, optimizer, compiled, 1)
+    torch.compiler.reset()
+
+
+# --- schedules and resuming ----------------------------------------------------------------------------------
+
+
+def test_warmup_then_every():
+    rows = run(lambda m, o: plain(m, o, steps=9), every=3, warmup=2)
+    assert sorted({row["step"] for row in rows}) == [2, 5, 8]
+
+
+def test_auto_keeps_to_the_budget():
+    rows = run(lambda m, o: plain(m, o, steps=60), every="auto", budget=25.0)
+    steps = sorted({row["step"] for row in rows})
+    assert steps[0] == 0
+    assert 3 < len(steps) < 40
+    assert {row["status"] for row in rows} == {"ok"}
+    generous = run(lambda m, o: plain(m, o, steps=40), every="auto", budget=1e6)
+    assert len({row["step"] for row in generous}) > 25
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_stop_and_resume_gives_the_same_rows(every, tmp_path):
+    whole = run(lambda m, o: plain(m, o, steps=8), every=every)
+    model = mlp(torch.float64)
+    optimizer = sgd(model)
+    with LipschitzMonitor(model, optimizer, every=every) as monitor:
+        plain(model, optimizer, steps=4)
+    torch.save([model.state_dict(), optimizer.state_dict(), monitor.state_dict()], tmp_path / "state.pt")
+    states = torch.load(tmp_path / "state.pt", weights_only=True)
+    model = mlp(torch.float64)
+    optimizer = sgd(model)
+    with LipschitzMonitor(model, optimizer, every=every) as monitor:
+        model.load_state_dict(states[0])
+        optimizer.load_state_dict(states[1])
+        monitor.load_state_dict(states[2])
+        plain(model, optimizer, steps=4)
+    assert str(monitor.history.rows) == str(whole)
+    other = nn.Linear(3, 2)
+    with LipschitzMonitor(other, sgd(other)) as monitor, pytest.raises(ResumeError):
+        monitor.load_state_dict(states[2])
+
+
+# --- nothing is changed, nothing is kept ---------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """A layer of each kind, with dropout and BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(5, 6)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.conv = nn.Conv1d(6, 6, 3, groups=2)
+        self.back = nn.ConvTranspose1d(6, 4, 3)
+        self.norm, self.drop = nn.BatchNorm1d(4), nn.Dropout(0.2)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.table(x)
+        x = self.attention(x, x, x)[0].transpose(1, 2)
+        x = functional.relu(self.back(functional.relu(self.conv(x), inplace=True)))
+        return self.head(self.drop(self.norm(x)).flatten(1))
+
+
+@pytest.mark.parametrize("make", [sgd, lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3)], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("settings", [{}, {"noise": "split"}, {"every": "auto"}], ids=["full", "split", "auto"])
+def test_training_is_bitwise_the_same(make, settings):
+    results = []
+    for monitored in (False, True):
+        torch.manual_seed(4)
+        model = Everything()
+        optimizer = make(model)
+        monitor = LipschitzMonitor(model, optimizer, **settings) if monitored else None
+        losses = []
+        for step in range(6):
+            x, y = torch.randint(5, (6, 4)), torch.randint(3, (6,))
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            losses.append(loss.item())
+        gradients = [p.grad for p in model.parameters()]
+        state = [t for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t)]
+        results.append([losses, torch.get_rng_state(), *model.state_dict().values(), *gradients, *state])
+        if monitor is not None:
+            assert all("BatchNorm" in row["status"] for row in monitor.history if row["layer"] != "network")
+            assert not any(math.isnan(row["kappa"]) for row in monitor.history)
+            monitor.close()
+            assert not any(m._forward_hooks for m in model.modules())
+            assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    before, after = results
+    assert len(before) == len(after)
+    assert before[0] == after[0]
+    assert all(torch.equal(a, b) for a, b in zip(before[1:], after[1:], strict=True))
+
+
+@pytest.mark.parametrize("make", [sgd, lambda m: torch.optim.Adam(m.parameters(), lr=1e-4)], ids=["sgd", "adam"])
+def test_memory_does_not_grow(make):
+    """Five thousand steps, measured every tenth: objects and tensors alive stay as many as after a hundred."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = make(model)
+    x = torch.randn(4, 3)
+
+    def alive() -> tuple[int, int]:
+        gc.collect()
+        objects = gc.get_objects()
+        return sum(issubclass(type(o), torch.Tensor) for o in objects), len(objects) - sum(
+            map(len, monitor.history.rows)
+        )
+
+    with LipschitzMonitor(model, optimizer, every=10) as monitor:
+        counts = []
+        for step in range(5001):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            if step % 10 == 5:
+                monitor.history.rows.clear()
+            if step in (105, 4995):
+                counts.append(alive())
+    assert counts[1][0] <= counts[0][0]
+    assert counts[1][1] <= counts[0][1] + 100
