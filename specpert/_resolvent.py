@@ -50,7 +50,8 @@ class SmallSideResolvent:
 
     Eliminating y = (g + A^* x) / sigma from sigma x - A y = f, sigma y - A^* x = g leaves
     (sigma^2 I - K) x = sigma f + A g, which `solve` answers on the complement of u. With `mirrored` it is the resolvent
-    of the adjoint: K is then A^* A.
+    of the adjoint: K is then A^* A. For a cluster u (m, c), v (n, c) and sigma (c,), and column j has its own sigma_j;
+    for one value any number of columns.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class SmallSideResolvent:
         products: tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]],
         u: np.ndarray,
         v: np.ndarray,
-        sigma: float,
+        sigma: np.ndarray,
         mirrored: bool,
     ) -> None:
         self.solve, self.u, self.v, self.sigma, self.mirrored = solve, u, v, sigma, mirrored
         self.apply, self.apply_adjoint = products
+        self.sums = sigma[:, None] + sigma
 
     def __call__(self, f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self.mirrored:
@@ -72,12 +74,12 @@ class SmallSideResolvent:
         return self._solve(f, g)
 
     def _solve(self, f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        u, v, sigma = self.u, self.v, self.sigma
+        u, v = self.u, self.v
         f, g, r = self._reduce(f, g)
         x = self.solve(r)
-        # the part along u is free in the equation, and fixed by (x, y) being orthogonal to (u, v)
-        x = x - u @ (u.conj().T @ x + v.conj().T @ g / (2 * sigma))
-        return x, (g + self.apply_adjoint(x)) / sigma
+        # the part along u is not the equation's to fix: (x, y) is orthogonal to (u, v), which leaves that of (u, -v)
+        x = x - u @ (u.conj().T @ x + v.conj().T @ g / self.sums)
+        return x, (g + self.apply_adjoint(x)) / self.sigma
 
     def _reduce(self, f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(f, g) off the eigenvector (u, v), and the right-hand side of the small equation."""
@@ -97,7 +99,7 @@ class SmallSideResolvent:
     @property
     def residuals(self) -> list[float]:
         """Residual of each solve so far, as one of the Jordan-Wielandt equation; empty for a factorisation."""
-        return [r / self.sigma for r in getattr(self.solve, "residuals", [])]
+        return [r / float(self.sigma[0]) for r in getattr(self.solve, "residuals", [])]
 
 
 class HostResolvent:
@@ -130,6 +132,12 @@ def gram_solver(K: np.ndarray, u: np.ndarray, sigma: float) -> Callable[[np.ndar
     M[np.diag_indices_from(M)] += sigma * sigma
     factor = cho_factor(M, lower=True, overwrite_a=True, check_finite=False)
     return lambda b: cho_solve(factor, b, check_finite=False)
+
+
+def eigen_solver(w: np.ndarray, X: np.ndarray, sigma: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Solve (sigma_j^2 I - K) x = b on the span of the eigenvectors X of K (values w), for column j."""
+    weights = 1 / (sigma * sigma - w[:, None])
+    return lambda b: X @ (weights * (X.conj().T @ b))
 
 
 class IterativeSolver:

@@ -6,7 +6,6 @@ the spectrum of T0 = [[0, A], [A^*, 0]] (theory 1.9). All private arrays are tho
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +41,7 @@ from specpert._resolvent import (
     IterativeSolver,
     Resolvent,
     SmallSideResolvent,
+    eigen_solver,
     from_thin_svd,
     gram_solver,
     top_of_gram,
@@ -307,15 +307,17 @@ def _by_dense(
     e = exponent(magnitude(A, xp), xp)
     scaled = ldexp(A, -e[..., None, None], xp)
     wanted = method == "gram" or (method == "auto" and min(m, n) >= _GRAM_FROM)
-    view = host_view(scaled) if wanted and A.ndim == 2 and index == 0 and min(m, n) > 2 else None
+    count = len(_tuple(index))
+    top = _tuple(index) == tuple(range(count)) and (cluster or count == 1) and count < min(m, n) > 2
+    view = host_view(scaled) if wanted and A.ndim == 2 and top else None
     if method == "gram" and view is None:
         raise ValueError(
-            "expected one matrix on the CPU with min(m, n) > 2 and k = 0 for method='gram', got shape "
-            f"{tuple(A.shape)}, k = {index} on {array_device(A)}; use method='svd'"
+            "expected one matrix on the CPU with min(m, n) > 2 and k = 0 (or a cluster of the largest values) for "
+            f"method='gram', got shape {tuple(A.shape)}, k = {index} on {array_device(A)}; use method='svd'"
         )
     if view is not None:
         try:
-            return _by_gram(view, e, tol, scaled, xp)
+            return _by_gram(view, count, cluster, e, tol, scaled, xp)
         except np.linalg.LinAlgError:  # the gap is within rounding of K: let the SVD decide whether it is a tie
             if method == "gram":
                 raise ConvergenceError(
@@ -366,8 +368,11 @@ def _cast(triplet: SingularTriplet, dtype: Any) -> SingularTriplet:
     return _assemble(cast, (xp.astype(U, dtype), floats(s), xp.astype(V, dtype)), cast.k, cast._gap)
 
 
-def _by_gram(A: np.ndarray, e: Array, tol: float, like: Array, xp: Namespace) -> SingularTriplet:
-    """Top triplet of one matrix on the CPU from the Gram matrix of its smaller side, in float64 at least."""
+def _by_gram(A: np.ndarray, c: int, cluster: bool, e: Array, tol: float, like: Array, xp: Namespace) -> SingularTriplet:
+    """Top triplet, or cluster of the c largest values, of one matrix on the CPU from its smaller Gram matrix.
+
+    In float64 at least. A cluster takes all eigenvectors of the Gram matrix, one value a Cholesky factorisation.
+    """
     from scipy.linalg import eigh
 
     wide = A.shape[0] <= A.shape[1]
@@ -376,24 +381,25 @@ def _by_gram(A: np.ndarray, e: Array, tol: float, like: Array, xp: Namespace) ->
     Ba = adjoint(B, np)
     K = B @ Ba
     r = len(K)
-    w, X = eigh(K, subset_by_index=[r - 2, r - 1], check_finite=False)
-    u = X[:, 1:]
+    w, X = eigh(K, subset_by_index=None if cluster else [r - 2, r - 1], check_finite=False)
+    w, X = w[::-1], X[:, ::-1]
+    u = X[:, :c]
     v = Ba @ u
-    sigma = float(np.linalg.norm(v))
-    if sigma == 0:
-        raise np.linalg.LinAlgError("zero matrix")
-    v /= sigma
-    s = np.array([sigma, math.sqrt(max(w[0], 0.0))])
-    gap, status = isolation(s, (0,), False, False, tol, np)  # d is the distance to sigma_1 <= sigma_0 in any case
-    margin = np.asarray(10 * max(A.shape) * float(np.finfo(dtype).eps) * sigma)
-    resolvent = SmallSideResolvent(
-        gram_solver(K, u, sigma), (lambda x: B @ x, lambda y: Ba @ y), u, v, sigma, mirrored=not wide
-    )
-    arrays = (from_host(x, like, xp) for x in (s[:1], *((u, v) if wide else (v, u)), gap, margin))
-    s0, P0, Q0, gap, margin = arrays
+    s = np.sqrt(np.maximum(w, 0.0))
+    s[:c] = np.linalg.norm(v, axis=0)
+    if s[c - 1] == 0:
+        raise np.linalg.LinAlgError("zero singular value")
+    v /= s[:c]
+    index = tuple(range(c)) if cluster else 0
+    gap, status = isolation(s, tuple(range(c)), A.shape[0] != A.shape[1], cluster, tol, np)
+    margin = np.asarray(10 * max(A.shape) * float(np.finfo(dtype).eps) * s[0])
+    solve = eigen_solver(w[c:], X[:, c:], s[:c]) if cluster else gram_solver(K, u, float(s[0]))
+    resolvent = SmallSideResolvent(solve, (lambda x: B @ x, lambda y: Ba @ y), u, v, s[:c], mirrored=not wide)
+    s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, margin))
     wrapped = resolvent if is_numpy(like) else HostResolvent(resolvent, like, xp)
+    real = real_dtype(like.dtype, xp)
     return SingularTriplet(
-        0, A.shape, status, xp, e, s0, P0, Q0, gap, margin, lambda: wrapped, real_dtype(like.dtype, xp)
+        index, A.shape, status, xp, e, s0, P0, Q0, gap, margin, lambda: wrapped, real, _cluster=cluster
     )
 
 
@@ -546,7 +552,7 @@ def _by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float |
 
     def resolvent() -> Resolvent:
         solver = IterativeSolver(lambda x: first(second(x)), X, w, index, sigma)
-        return SmallSideResolvent(solver, (first, second), u, v, sigma, mirrored=not wide)
+        return SmallSideResolvent(solver, (first, second), u, v, np.array([sigma]), mirrored=not wide)
 
     P0, Q0 = (u, v) if wide else (v, u)
     values, real = s[index : index + 1], np.dtype(np.float64)

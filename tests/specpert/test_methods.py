@@ -102,6 +102,28 @@ def test_gram_in_float32_is_more_accurate_than_its_input():
     assert sigma_series(triplet, H32, 2).coefficients.dtype == np.float32
 
 
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(70, 90), (90, 70)], ids=str)
+def test_gram_of_a_cluster_is_the_svd(shape, complex_):
+    rng = np.random.default_rng([*shape, complex_])
+    values = [5.0, 5.0, 4.99, *np.linspace(3.0, 0.0, 67)]
+    A, H = with_spectrum(rng, *shape, values, complex_), pair(shape, complex_)[1]
+    one = sigma_series(A, H, 6, k=(0, 1, 2), vectors=True)
+    assert one._certificate.triplet._svd is None
+    # one matrix of a stack is decomposed by the SVD
+    two = sigma_series(A[None], H[None], 6, k=(0, 1, 2), vectors=True)
+    assert two._certificate.triplet._svd is not None
+    assert_same(one.mean, two.mean[0], one.gap)
+    assert math.isclose(one.gap, two.gap[0], rel_tol=1e-10)
+    truth = np.linalg.svd(A + 0.1 * H, compute_uv=False)[:3]
+    np.testing.assert_allclose(one.values(0.1), truth, atol=1e-7)
+    on_torch = sigma_series(torch.as_tensor(A), torch.as_tensor(H), 6, k=(0, 1, 2))
+    np.testing.assert_allclose(on_torch.mean, one.mean, atol=1e-12)
+    derivative = sigma_derivative(A, 2, k=1, directions=H, on_degenerate="cluster")
+    pair_mean = sigma_series(A, H, 2, k=(0, 1)).mean[2]
+    assert math.isclose(derivative, 2 * pair_mean, rel_tol=1e-9)
+
+
 def test_gram_leaves_ties_and_zeros_to_the_svd():
     A = np.eye(70)
     with pytest.raises(DegenerateSingularValueError, match="are tied"):
