@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,9 @@ from torch import Tensor
 from lipdyn_torch._bridge import Spectrum, hessian_diagonal, hessian_pairing
 from lipdyn_torch.noise import GradientNoise, NoiseTerms
 
-__all__ = ["JointNoise", "combine", "full", "pool", "summarise"]
+__all__ = ["JointNoise", "active", "combine", "full", "pool", "share", "summarise"]
+
+ELSEWHERE = "noise terms not known in every process"
 
 _NAN = float("nan")
 
@@ -40,6 +43,27 @@ def full(tensor: Tensor) -> Tensor:
     """
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def active(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether there is more than one process to combine.
+
+    Examples
+    --------
+    >>> active()
+    False
+    """
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+class Layer(Protocol):
+    """What `share` reads and changes of a layer, just before the step."""
+
+    spectrum: Spectrum
+    noise: Any  # GradientNoise, JointNoise or None
+    batch: int
+    problems: list[str]
+    frozen: bool
 
 
 @dataclass(frozen=True)
@@ -239,6 +263,17 @@ def combine(
     inside = torch.stack([piece[-1].reshape(scatter.shape) for piece in pieces])
     inside = (scale[:, :, None] * inside * scale[:, None, :]).sum(0)
     return _with_scores(joint, inside + means.T @ means)
+
+
+def share(layers: Sequence[Layer], group: dist.ProcessGroup | None = None) -> None:
+    """Put the joint batch's noise in place of this process's, in each layer; all processes must call it."""
+    joint = combine([(layer.spectrum, layer.noise) for layer in layers], group)
+    for layer, noise in zip(layers, joint, strict=True):
+        layer.noise = noise
+        if noise is not None:
+            layer.batch = noise.batch
+        elif not layer.problems and not layer.frozen and layer.spectrum.triplet is not None:
+            layer.problems.append(ELSEWHERE)
 
 
 #: Numbers of a layer before its means: batch, two sizes, noise, curvature, two sums of squares.

@@ -47,9 +47,14 @@ def run_workers(folder: Path, scenarios: list[str]) -> list[dict]:
     return [torch.load(folder / f"out.{rank}", weights_only=False) for rank in range(2)]
 
 
+JOINT = "process_group" in inspect.signature(LipschitzMonitor.__init__).parameters
+
+
 @pytest.fixture(scope="module")
 def combined(tmp_path_factory) -> list[dict]:
-    return run_workers(tmp_path_factory.mktemp("combined"), ["even", "uneven", "broken"])
+    """All scenarios in one pair of processes: starting them is what takes time."""
+    scenarios = ["even", "uneven", "broken", *(["ddp", "fsdp", "fsdp-adam"] if JOINT else [])]
+    return run_workers(tmp_path_factory.mktemp("combined"), scenarios)
 
 
 def weighted(cut: int):
@@ -128,17 +133,14 @@ def test_whole_tensors_stay_as_they_are():
     assert full(weight) is weight
 
 
-@pytest.mark.skipif(
-    "process_group" not in inspect.signature(LipschitzMonitor.__init__).parameters,
-    reason="the monitor works alone",
-)
+@pytest.mark.skipif(not JOINT, reason="the monitor works alone")
 @pytest.mark.parametrize(("kind", "optimizer"), [("ddp", "SGD"), ("fsdp", "SGD"), ("fsdp-adam", "Adam")])
-def test_rows_are_those_of_one_process(tmp_path_factory, kind, optimizer):
-    runs = run_workers(tmp_path_factory.mktemp(kind), [kind])
+def test_rows_are_those_of_one_process(combined, kind, optimizer):
     rows, weights = worker.trained(None, "alone", optimizer)
     want = pd.DataFrame(rows)
     assert set(want["status"]) == {"ok"}
-    for run in runs:
+    assert set(want["batch"]) == {8}
+    for run in combined:
         got, arrived = run[kind]
         pd.testing.assert_frame_equal(pd.DataFrame(got), want, rtol=1e-10, atol=1e-12)
         for p, q in zip(arrived, weights, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from lipdyn_torch import LipschitzMonitor, read_history
+
+pytestmark = pytest.mark.slow  # each starts Python anew
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -37,3 +41,18 @@ def test_example(tmp_path, script, arguments, package, folder, files):
     assert (tmp_path / folder / "figure.png").stat().st_size > 10_000
     for name in files:
         assert (tmp_path / folder / name).exists()
+
+
+@pytest.mark.skipif(
+    "process_group" not in inspect.signature(LipschitzMonitor.__init__).parameters,
+    reason="the monitor works alone",
+)
+@pytest.mark.parametrize("arguments", [[], ["--shard"]], ids=["copied", "sharded"])
+def test_example_under_torchrun(tmp_path, arguments):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(EXAMPLES / "distributed_training.py")
+    printed = run([*torchrun, script, "--epochs", "1", *arguments], tmp_path)
+    assert re.search(r"log K moved to -?\d+\.\d+ with 32 samples a step; see distributed-run", printed)
+    history = read_history(tmp_path / "distributed-run" / "history.jsonl")
+    assert {row["status"] for row in history} == {"ok"}
+    assert history.steps == list(range(16))

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def expected_scalars(history: History) -> dict[str, list[tuple[int, float]]]:
     for row in history:
         for name, value in scalars([row]).items():
             curves.setdefault(name, []).append((row["step"], value))
-    assert len(curves) == 3 * 14 - 1  # numbers of two layers and the network, which has no gHg
+    for layer in ("0", "2", "network"):
+        assert {f"lipschitz_{column}/{layer}" for column in ("sigma", "mu", "kappa", "lambda_sq", "z")} <= set(curves)
     return curves
 
 
@@ -206,7 +208,12 @@ def test_wandb(tmp_path, monkeypatch):
     with wandb.init(project="test", dir=tmp_path, mode="offline", settings=settings) as run:
         history = train(WandbSink(), batch_of_one=2)
         run.log({"loss": 1.0})  # the run goes on
-    records = read_wandb(next(tmp_path.rglob("*.wandb")))
+    file = next(tmp_path.rglob("*.wandb"))
+    for _ in range(100):  # the service writes on its own time
+        records = read_wandb(file)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            break
+        time.sleep(0.1)
     lines = []
     for record in records:
         if record.WhichOneof("record_type") == "history":
