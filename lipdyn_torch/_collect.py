@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from lipdyn_torch._bridge import Spectrum
 from lipdyn_torch._hooks import Call, Pass, Watch
 from lipdyn_torch.layers import Block, double
 from lipdyn_torch.noise import GradientNoise, common_factor
-from lipdyn_torch.optimizers import Response, gradient_of, respond
+from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
 
 __all__ = ["Caught", "collect", "settle"]
 
@@ -48,6 +48,7 @@ class Caught:
     drift: Tensor | None = None
     bent: Tensor | None = None
     whole: Tensor | None = None
+    reference: Tensor | None = None  # as drift, of another mean gradient
     noise: GradientNoise | None = None
     gain: float = 1.0
     decay: float = 0.0
@@ -76,6 +77,7 @@ def collect(
     groups: dict[int, dict[str, Any]],
     outer: dict[int, int],
     split: bool,
+    reference: Mapping[int, Tensor] | None = None,
 ) -> Caught:
     """Everything about one layer that must be known before the step; the watch is left empty."""
     if watch.refresh() and watch.passes:
@@ -89,7 +91,7 @@ def collect(
     if not caught.frozen:
         _check(caught, optimizer, owned, passes)
         if not caught.problems and caught.spectrum.triplet is not None:
-            _respond(caught, optimizer, groups)
+            _respond(caught, optimizer, groups, reference)
         if not caught.problems and caught.drift is not None:
             _gather(caught, passes, split)
     caught.problems += [problem for problem in watch.problems if problem not in caught.problems]
@@ -122,7 +124,12 @@ def _check(caught: Caught, optimizer: Optimizer, owned: list[dict[str, Any] | No
         problems.append(NO_GRADIENT)
 
 
-def _respond(caught: Caught, optimizer: Optimizer, groups: dict[int, dict[str, Any]]) -> None:
+def _respond(
+    caught: Caught,
+    optimizer: Optimizer,
+    groups: dict[int, dict[str, Any]],
+    reference: Mapping[int, Tensor] | None,
+) -> None:
     """Drift, preconditioner and gain of the layer's matrix from those of its parameters (theory 5)."""
     watch = caught.watch
     responses: list[Response] = []
@@ -161,6 +168,14 @@ def _respond(caught: Caught, optimizer: Optimizer, groups: dict[int, dict[str, A
     bent = watch.rule.second_order(watch.module, watch.part, drifts)
     caught.bent = None if bent is None else bent[group]
     caught.weights = weights
+    if reference is not None:
+        others = [
+            mean_drift(groups[id(p)], r, reference[id(p)], p) * float(groups[id(p)]["lr"]) / caught.lr
+            if id(p) in reference and r.gain
+            else torch.zeros_like(r.drift)
+            for p, r in zip(watch.parameters, responses, strict=True)
+        ]
+        caught.reference = watch.rule.matrices(watch.module, watch.part, others)[group]
 
 
 def _gather(caught: Caught, passes: list[Pass], split: bool) -> None:

@@ -32,7 +32,7 @@ class Measurement:
 
     caught: Caught
     split: bool
-    reference: Tensor | None = None  # mean gradient of another batch, or of all data, as a matrix (m, n)
+    reference: bool = False  # whether there is another mean gradient to take the drift of
     row: Row = field(default_factory=dict)
     scores: Tensor | None = None
 
@@ -97,7 +97,7 @@ class Measurement:
     def _forces(self) -> Row:
         """Drift, noise curvature and noise strength per unit of SDE time (theory 2.1, 2.4, 5)."""
         caught = self.caught
-        keys = (*_FORCES, *(SPLIT_COLUMNS if self.split else ()), *(("mu_ref",) if self.reference is not None else ()))
+        keys = (*_FORCES, *(SPLIT_COLUMNS if self.split else ()), *(("mu_ref",) if self.reference else ()))
         if caught.frozen:
             self.scores = torch.zeros(0)
             return dict.fromkeys(keys, 0.0)
@@ -112,6 +112,8 @@ class Measurement:
         u, v = spectrum.u, spectrum.v
         decay = -math.log1p(-lr * caught.decay) / lr if 0 < lr * caught.decay < 1 else caught.decay
         out["mu"] = drift(float(u @ b @ v), sigma, decay)
+        if caught.reference is not None:
+            out["mu_ref"] = drift(float(u @ caught.reference @ v), sigma, decay)
         out["gHg"] = float(hessian_pairing(spectrum, b @ v, b.T @ u))
         if caught.bent is not None:
             out["gHg"] += 2.0 * float(u @ caught.bent @ v)

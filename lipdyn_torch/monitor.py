@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -60,6 +60,9 @@ class LipschitzMonitor:
         How batches are drawn: every sample once per epoch, or independently. Kept for the predictors' bands.
     dataset_size : int, optional
         Number of samples of an epoch, for the bands with "shuffle".
+    reference : callable, optional
+        Another mean gradient to take a drift of, column ``mu_ref``: ``reference(model)`` gives gradients by
+        parameter name, `lipdyn_torch.reference.MeanGradient` for example (theory 2.7).
     sinks : iterable of Sink
         Receive the rows of each step as they are made, `JsonLinesSink` for example.
 
@@ -86,6 +89,7 @@ class LipschitzMonitor:
     ``eps``                 ``2 ||D||_2 / d`` for the update D; expansions are certified below 1. Network: largest
     ``mu``                  drift ``<J, b> / (lr sigma)`` with b the long-run effect of this step's gradient and of
                             weight decay (theory 5), per unit of SDE time: a step takes ``lr``
+    ``mu_ref``              with ``reference``: the same for that gradient
     ``kappa``               ``<H, C> / (2 lr sigma)``, C the covariance of a step's long-run effect; per unit of
                             SDE time
     ``lambda_sq``           ``J^T C J / (lr sigma^2)``, per unit of SDE time. Network: all covariances between
@@ -143,6 +147,7 @@ class LipschitzMonitor:
         conv: str = "matrix",
         sampling: str = "shuffle",
         dataset_size: int | None = None,
+        reference: Callable[[nn.Module], Mapping[str, torch.Tensor]] | None = None,
         sinks: Iterable[Sink] = (),
     ) -> None:
         sinks = list(sinks)
@@ -152,6 +157,7 @@ class LipschitzMonitor:
         self._compiled = self._model is not model or any(m._compiled_call_impl is not None for m in model.modules())
         self._optimizer = optimizer
         self._split = noise == "split"
+        self._reference = reference
         self._schedule = Schedule(every, budget, warmup)
         self._step = 0
         self._clock: float | None = None
@@ -168,6 +174,7 @@ class LipschitzMonitor:
                 **{"optimizer": type(optimizer).__name__, "every": every, "noise": noise, "conv": conv},
                 **{"sampling": sampling, "dataset_size": dataset_size},
                 **{"layers": self.layers, "skipped": self.skipped},
+                **({} if reference is None else {"reference": getattr(reference, "kind", "full")}),
             }
         )
         self._sinks = sinks
@@ -371,14 +378,26 @@ class LipschitzMonitor:
         self._check_alive()
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         outer = self._switch.outer
-        caught = [collect(watch, self._optimizer, groups, outer, self._split) for watch in self._watches]
+        reference = self._mean_gradient()
+        caught = [collect(watch, self._optimizer, groups, outer, self._split, reference) for watch in self._watches]
         outer.clear()
         settle(caught)
         if any(norm.training for norm in self._batch_norms):
             for layer in caught:
                 if layer.noise is not None:
                     layer.notes.append(BATCH_NORM)
-        return [Measurement(layer, self._split) for layer in caught]
+        return [Measurement(layer, self._split, self._reference is not None) for layer in caught]
+
+    def _mean_gradient(self) -> dict[int, torch.Tensor] | None:
+        """The reference gradient by parameter; the hooks look away meanwhile."""
+        if self._reference is None:
+            return None
+        self._switch.on = False
+        try:
+            gradients = self._reference(self._model)
+        finally:
+            self._switch.on = True
+        return {id(self._model.get_parameter(name)): g for name, g in gradients.items()}
 
     def _check_alive(self) -> None:
         """Some hook must have spoken."""

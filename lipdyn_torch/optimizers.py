@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Response", "respond"]
+__all__ = ["Response", "mean_drift", "respond"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,17 @@ def respond(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> R
     if parameter.grad is None:
         return "no gradient reached this layer"
     return rule(group, optimizer.state.get(parameter, {}), gradient_of(optimizer, parameter), parameter)
+
+
+def mean_drift(group: dict[str, Any], response: Response, gradient: Tensor, parameter: Tensor) -> Tensor:
+    """``-b / eta`` for another mean gradient in the place of the batch's, all else as in ``response``.
+
+    Adam's average of past gradients gives way to the gradient itself: its long-run effect.
+    """
+    if group.get("decoupled_weight_decay", False):
+        group = {**group, "weight_decay": 0.0}
+    g = response.gain * _with_decay(group, gradient.to(torch.float64), parameter)
+    return g if response.weights is None else response.weights * g
 
 
 def gradient_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 `pathwise` expands sigma along the update the optimiser really made: it is right for every optimiser and needs no
 noise at all. `sde` adds up drift, noise curvature and Ito term as the stochastic differential equation has them;
 its drift comes from the batches that made the steps, so it is an expansion of the realised path and not a
-forecast, and its band is the spread over other draws of the batches.
+forecast, and its band is the spread over other draws of the batches. With a reference gradient (of all data, or
+of independent batches) it is a prediction at the visited weights. `forecast` freezes the terms and looks ahead.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from lipdyn_torch.history import NETWORK, History
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SDE", "Prediction", "observed", "pathwise", "sde"]
+__all__ = ["SDE", "Prediction", "forecast", "observed", "pathwise", "sde"]
 
 
-#: The drift comes from the batches that made the steps, and the name says so (theory 2.7).
+#: Where the drift comes from, the name says (theory 2.7).
 SDE = "SDE, batch gradient"
 
 
@@ -39,8 +40,8 @@ class Prediction:
     predicted, observed : array (n + 1,)
         log K, or log sigma of one layer (natural logarithm, dimensionless).
     half_width : array (n + 1,)
-        Half the band's width in the same unit: one standard deviation for `sde`, the certified bound of the
-        error for `pathwise` (infinite once a step was longer than the certificate reaches); NaN where unknown.
+        Half the band's width in the same unit: one standard deviation for `sde` and `forecast`, the certified bound
+        of the error for `pathwise` (infinite once a step was longer than the certificate reaches); NaN where unknown.
     """
 
     name: str
@@ -109,15 +110,20 @@ def sde(
     history: History | pd.DataFrame,
     layer: str = NETWORK,
     *,
+    gradient: str = "batch",
     sampling: str | None = None,
     dataset_size: int | None = None,
 ) -> Prediction:
-    """``Z_0 + sum [m + c - v/2]`` with the batch mean as gradient (theory 2.2, "sde/batch" of 2.7).
+    """``Z_0 + sum [m + c - v/2]`` (theory 2.2), with the gradient of theory 2.7 asked for.
 
     On steps that were not monitored the terms of the last monitored one are kept.
 
     Parameters
     ----------
+    gradient : {"batch", "full", "independent"}
+        The mean of the batch that made the step, so that first-order noise is reproduced; or the reference
+        gradient the monitor was given, which must be of that kind. "full" is an unbiased drift and the band its
+        error; an "independent" batch, taken to be as large as the training batch, adds its own noise to the band.
     sampling : {"iid", "shuffle"}, optional
         How batches are drawn; decides the band (theory 2.10). Default: what the monitor was told.
     dataset_size : int, optional
@@ -141,7 +147,7 @@ def sde(
     step, z = observed(history, layer)
     # A monitored step stands for all steps up to the next monitored one.
     repeat = np.append(np.diff(step[:-1]), 1)
-    m, c, v = step_increments(rows["lr"], rows["mu"], rows["kappa"], rows["lambda_sq"])
+    m, c, v = step_increments(rows["lr"], rows[_drift_column(frame, gradient)], rows["kappa"], rows["lambda_sq"])
     v_layers = _sum_of_layer_variances(frame) if layer == NETWORK else v
     m, c, v, v_layers = (np.repeat(a, repeat) for a in (m, c, v, v_layers))
     states = np.append(0, np.cumsum(repeat))
@@ -151,8 +157,72 @@ def sde(
         variance = np.full(len(v) + 1, np.nan)
     else:
         variance = bridge_variance(v, np.repeat(rows["batch"].to_numpy(float), repeat), dataset_size)
+    if gradient == "independent":
+        variance = variance + diffusion_variance(v)
     predicted = mean_z(float(z[0]), m, c, v_layers)[states]
-    return Prediction(SDE, step, predicted, z, np.sqrt(variance)[states])
+    return Prediction(f"SDE, {gradient} gradient", step, predicted, z, np.sqrt(variance)[states])
+
+
+def forecast(
+    history: History | pd.DataFrame, at: int, layer: str = NETWORK, *, steps: int | None = None, window: int = 10
+) -> Prediction:
+    """Freeze mu, kappa and lambda at one step and go on with them: a forecast, with no guarantee (theory 2.7).
+
+    Parameters
+    ----------
+    at : int
+        Optimiser steps taken before the forecast begins; only rows before it are used.
+    steps : int, optional
+        How far to look ahead, step by step. Default: to the end of the history.
+    window : int
+        The frozen terms are means over the last so many monitored steps.
+
+    Returns
+    -------
+    Prediction
+        From ``at`` on; ``observed`` is NaN where the history has nothing. The band is that of independent batches.
+
+    Examples
+    --------
+    >>> terms = {"lr": 0.1, "batch": 4, "mu": 1.0, "kappa": 0.5, "lambda_sq": 1.0, "status": "ok"}
+    >>> rows = [
+    ...     {**terms, "step": k, "layer": name, "z": 0.1 * k, "dz": 0.1} for k in (0, 1) for name in ("0", "network")
+    ... ]
+    >>> ahead = forecast(History(rows), at=1, steps=2)
+    >>> ahead.name, ahead.step.tolist(), [round(z, 12) for z in ahead.predicted.tolist()]
+    ('forecast from step 1', [1, 2, 3], [0.1, 0.2, 0.3])
+    """
+    frame = _frame(history)
+    rows = _rows(frame, layer)
+    axis, z = observed(frame, layer)
+    past = rows[rows["step"] < at].tail(window)
+    if len(past) == 0 or at not in axis:
+        raise ValueError(f"expected at to be a monitored step after the first, got {at}; there are {axis[1:].tolist()}")
+    m, c, v = (float(np.mean(a)) for a in step_increments(past["lr"], past["mu"], past["kappa"], past["lambda_sq"]))
+    v_layers = v
+    if layer == NETWORK:
+        v_layers = float(np.mean(_sum_of_layer_variances(frame[frame["step"].isin(past["step"])])))
+    step = axis[axis >= at] if steps is None else np.arange(at, at + steps + 1)
+    known = dict(zip(axis.tolist(), z.tolist(), strict=True))
+    ahead = step - at
+    predicted = known[at] + (m + c - v_layers / 2) * ahead
+    truth = np.array([known.get(s, np.nan) for s in step.tolist()])
+    return Prediction(f"forecast from step {at}", step, predicted, truth, np.sqrt(v * ahead))
+
+
+def _drift_column(frame: pd.DataFrame, gradient: str) -> str:
+    """The column that holds the drift of the gradient asked for."""
+    if gradient not in ("batch", "full", "independent"):
+        raise ValueError(f"expected gradient 'batch', 'full' or 'independent', got {gradient!r}")
+    if gradient == "batch":
+        return "mu"
+    kind = frame.attrs.get("reference")
+    if "mu_ref" not in frame or kind != gradient:
+        raise ValueError(
+            f"expected a history with the {gradient} gradient, got one with {kind or 'the batch gradient only'}; "
+            "give the monitor reference=MeanGradient(...)"
+        )
+    return "mu_ref"
 
 
 def _sum_of_layer_variances(frame: pd.DataFrame) -> NDArray[np.float64]:
@@ -169,18 +239,27 @@ def _certificate(history: History | pd.DataFrame, order: int, layer: str) -> NDA
     steps = np.unique(frame["step"].to_numpy(int))
     if len(layers) == 0:
         return np.full(len(steps) + 1, np.nan)
+    known = order == 2 and "bound" in layers  # the monitor's own, which holds for clusters too
     eps, gap, sigma = (layers[name].to_numpy(float) for name in ("eps", "gap", "sigma"))
     estimate = sigma * np.exp(layers[f"dz{order}"].to_numpy(float))
     with np.errstate(divide="ignore", invalid="ignore"):
         remainder = gap / 2 * eps ** (order + 1) / (1 - eps)
         bound = -np.log1p(-remainder / estimate)  # the truth is at least estimate - remainder
     bound = np.where((eps < 1) & (remainder < estimate), bound, np.where(np.isnan(eps), np.nan, np.inf))
+    if known:
+        bound = layers["bound"].to_numpy(float)
     per_step = [bound[layers["step"].to_numpy(int) == step].sum() for step in steps]
     return np.concatenate([[0.0], np.cumsum(per_step)])
 
 
 def _frame(history: History | pd.DataFrame) -> pd.DataFrame:
-    return history.to_pandas() if isinstance(history, History) else history
+    if not isinstance(history, History):
+        return history
+    frame = history.to_pandas()
+    for key in ("bound", "mu_ref"):  # not every history has them
+        if key not in frame and any(key in row for row in history):
+            frame[key] = [row.get(key, np.nan) for row in history]
+    return frame
 
 
 def _rows(history: History | pd.DataFrame, layer: str) -> pd.DataFrame:

@@ -37,7 +37,7 @@ class Forces:
     mu: float
     kappa: float
     lambda_sq: float
-    gHg: float
+    gHg: float  # noqa: N815
     kappa_var: float
     lambda_sq_var: float
 

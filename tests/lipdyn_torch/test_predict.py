@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from lipdyn_torch import History, JsonLinesSink, LipschitzMonitor, pathwise, read_history, sde
-from lipdyn_torch.predict import SDE
+from lipdyn_torch._bridge import cluster_values, read_spectrum, taylor
+from lipdyn_torch.predict import SDE, forecast
+from lipdyn_torch.reference import MeanGradient
 
 
 def monitored(case, steps=30, lr=None, **settings):
@@ -72,10 +74,92 @@ def test_certificate_is_never_violated(case, order):
     assert certified > 20
 
 
-def test_certificate_ends_where_eps_reaches_one(mlp_case):
-    monitor = monitored(mlp_case, steps=3, lr=5.0)
+@pytest.mark.parametrize("lr", [0.3, 1.0, 5.0])
+def test_certificate_holds_beyond_eps_one(mlp_case, lr):
+    """There the bound is the cluster's: convexity from below, the norm of the step from above."""
+    monitor = monitored(mlp_case, steps=12, lr=lr)
     assert max(row["eps"] for row in monitor.history) > 1
-    assert pathwise(monitor.history).half_width[-1] == np.inf
+    assert {row["mode"] for row in monitor.history} & {"cluster", "exact"}
+    for row in monitor.history:
+        assert abs(row["remainder"]) <= row["bound"] + 1e-13
+    assert pathwise(monitor.history, 3).half_width[-1] == np.inf
+
+
+def test_clusters_are_nearer_than_the_series(mlp_case):
+    """Steps a few gaps long: the second-order effective matrix against the plain second order."""
+    torch.manual_seed(0)
+    cluster, series = [], []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        W = torch.randn(20, 30, generator=generator, dtype=torch.float64) / 30**0.5
+        D = torch.randn(20, 30, generator=generator, dtype=torch.float64) / 150
+        spectrum = read_spectrum(W)
+        h = float(torch.linalg.matrix_norm(D, 2))
+        truth = float(torch.linalg.matrix_norm(W + D, 2))
+        values = cluster_values(spectrum, D[None], 4 * h, 16)
+        if values is not None and 2 * h > spectrum.gap:
+            cluster.append(values[1] - truth)
+            series.append(sum(taylor(spectrum, D)[:3]) - truth)
+    assert len(cluster) > 10
+    assert np.sqrt(np.mean(np.square(cluster))) < 0.3 * np.sqrt(np.mean(np.square(series)))
+
+
+def reference_run(case, kind, steps=8, optimizer=None):
+    """A run with all data, or the next batch, as reference; also the rows without it."""
+    model = case.model()
+    optimizer = optimizer(model) if optimizer else case.optimizer(model)
+    batches = [case.data(seed) for seed in range(100, 105)]
+    reference = MeanGradient(batches, lambda model, batch: case.loss(model(batch[0]), batch[1]), kind)
+    expected = []
+    state = torch.get_rng_state()
+    with LipschitzMonitor(model, optimizer, reference=reference, sampling="iid") as monitor:
+        for step in range(steps):
+            chosen = batches if kind == "full" else [batches[step % 5]]
+            loss = sum(case.loss(model(x), y) for x, y in chosen) / len(chosen)
+            g = torch.autograd.grad(loss, model[0].weight)[0]
+            W = model[0].weight.detach()
+            u, s, vh = torch.linalg.svd(W)
+            expected.append(float(-(u[:, 0] @ g @ vh[0]) / s[0]))
+            case.step(model, optimizer, step)
+    assert torch.equal(state, torch.get_rng_state())
+    return monitor, expected, model
+
+
+@pytest.mark.parametrize("kind", ["full", "independent"])
+def test_drift_of_a_reference_gradient(mlp_case, kind):
+    monitor, expected, model = reference_run(mlp_case, kind)
+    rows = [row for row in monitor.history if row["layer"] == "0"]
+    assert [row["mu_ref"] for row in rows] == pytest.approx(expected, rel=1e-10)
+    assert {row["status"] for row in rows} == {"ok"}
+    prediction = sde(monitor.history, "0", gradient=kind)
+    assert prediction.name == f"SDE, {kind} gradient"
+    z = rows[0]["z"] + sum(row["lr"] * (row["mu_ref"] + row["kappa"] - row["lambda_sq"] / 2) for row in rows)
+    assert prediction.predicted[-1] == pytest.approx(z, abs=1e-12)
+    batch = sde(monitor.history, "0")
+    assert batch.name == SDE
+    ratio = 2.0**0.5 if kind == "independent" else 1.0
+    assert prediction.half_width == pytest.approx(ratio * batch.half_width)
+    plain = mlp_case.model()
+    optimizer = mlp_case.optimizer(plain)
+    for step in range(8):
+        mlp_case.step(plain, optimizer, step)
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"expected a history with the .* gradient, got one with"):
+        sde(monitor.history, gradient="full" if kind == "independent" else "independent")
+
+
+def test_forecast_freezes_the_terms(mlp_case):
+    monitor = monitored(mlp_case, steps=10)
+    rows = [row for row in monitor.history if row["layer"] == "2"]
+    ahead = forecast(monitor.history, 6, "2", window=2)
+    slope = np.mean([r["lr"] * (r["mu"] + r["kappa"] - r["lambda_sq"] / 2) for r in rows[4:6]])
+    assert ahead.step.tolist() == [6, 7, 8, 9, 10]
+    assert ahead.predicted == pytest.approx(rows[6]["z"] + slope * np.arange(5), abs=1e-13)
+    assert ahead.observed[-1] == rows[-1]["z"] + rows[-1]["dz"]
+    beyond = forecast(monitor.history, 10, steps=3)
+    assert np.isnan(beyond.observed).tolist() == [False, True, True, True]
+    with pytest.raises(ValueError, match="expected at to be a monitored step after the first, got 0"):
+        forecast(monitor.history, 0)
 
 
 def test_shuffled_band_closes_at_the_end_of_an_epoch(mlp_case):

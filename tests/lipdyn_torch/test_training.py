@@ -430,7 +430,7 @@ def test_training_is_bitwise_the_same(make, settings):
 
 @pytest.mark.parametrize("make", [sgd, lambda m: torch.optim.Adam(m.parameters(), lr=1e-4)], ids=["sgd", "adam"])
 def test_memory_does_not_grow(make):
-    """Five thousand steps, measured every tenth: objects and tensors alive stay as many as after a hundred."""
+    """Five thousand steps, one in twenty measured: objects and tensors alive stay as many as after a hundred."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
     optimizer = make(model)
@@ -443,15 +443,15 @@ def test_memory_does_not_grow(make):
             map(len, monitor.history.rows)
         )
 
-    with LipschitzMonitor(model, optimizer, every=10) as monitor:
+    with LipschitzMonitor(model, optimizer, every=20) as monitor:
         counts = []
         for step in range(5001):
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
-            if step % 10 == 5:
+            if step % 20 == 15:
                 monitor.history.rows.clear()
-            if step in (105, 4995):
+            if step in (215, 4995):
                 counts.append(alive())
     assert counts[1][0] <= counts[0][0]
     assert counts[1][1] <= counts[0][1] + 100

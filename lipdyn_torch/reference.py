@@ -1,0 +1,92 @@
+"""Mean gradients other than the batch's own: of all data, or of a batch that had no part in the step (theory 2.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MeanGradient"]
+
+
+class MeanGradient:
+    """The mean gradient of a loss over batches, at the present weights, without a trace in the training.
+
+    The model runs with copies of its buffers, and the random number generators of torch are put back; forward
+    hooks of one's own on its modules are called.
+
+    Parameters
+    ----------
+    batches : iterable
+        A data loader, say; each batch is passed on to ``loss``, and counts by the length of its first tensor.
+    loss : callable
+        ``loss(model, batch)``, the mean loss of one batch.
+    kind : {"full", "independent"}
+        All batches every time, or the next one each time (from the start again when they are used up).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from lipdyn_torch import LipschitzMonitor
+    >>> x = torch.randn(32, 4)
+    >>> model = torch.nn.Linear(4, 2)
+    >>> everything = MeanGradient(x.split(8), lambda model, x: model(x).square().mean())
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    >>> with LipschitzMonitor(model, optimizer, reference=everything) as monitor:
+    ...     model(x).square().mean().backward()  # this batch is everything
+    ...     optimizer.step()
+    >>> row = monitor.history.rows[0]
+    >>> bool(abs(row["mu_ref"] - row["mu"]) < 1e-6)
+    True
+    """
+
+    def __init__(self, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor], kind: str = "full") -> None:
+        if kind not in ("full", "independent"):
+            raise ValueError(f"expected kind 'full' or 'independent', got {kind!r}")
+        self.batches, self.loss, self.kind = batches, loss, kind
+        self._next: Iterator[Any] = iter(())
+
+    def __call__(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """Gradients by parameter name."""
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        devices = {p.device.index for p in named.values() if p.is_cuda}
+        totals = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
+        count = 0
+        with torch.random.fork_rng(devices=list(devices)):
+            for batch in self._chosen():
+                size = _length(batch)
+                for name, g in self._gradients(model, named, batch).items():
+                    totals[name] += size * g
+                count += size
+        if count == 0:
+            raise ValueError("expected at least one batch to take the mean gradient of, got none")
+        return {name: total / count for name, total in totals.items()}
+
+    def _chosen(self) -> Iterable[Any]:
+        if self.kind == "full":
+            return self.batches
+        batch = next(self._next, None)
+        if batch is None:
+            self._next = iter(self.batches)
+            batch = next(self._next, None)
+        return [] if batch is None else [batch]
+
+    def _gradients(self, model: nn.Module, named: dict[str, nn.Parameter], batch: Any) -> dict[str, Tensor]:
+        buffers = {name: b.clone() for name, b in model.named_buffers()}
+
+        def twin(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(model, buffers, args, kwargs)
+
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self.loss(twin, batch), list(named.values()), allow_unused=True)
+        return {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
+
+
+def _length(batch: Any) -> int:
+    """Samples in a batch: the length of its first tensor."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+    return _length(values[0])
