@@ -9,6 +9,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_title = "specpert and lipdyn_torch"
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
@@ -20,8 +22,9 @@ napoleon_use_ivar = True
 suppress_warnings = ["myst.header"]
 
 
-def escape_bars(app, what, name, obj, options, lines):
-    """Bars in docstrings are absolute values, not substitutions: escape them outside literals, formulas, examples."""
+def polish(app, what, name, obj, options, lines):
+    """What napoleon makes of numpydoc that is not what was meant."""
+    # bars are absolute values, not substitutions; literals, formulas and examples stay as they are
     paragraphs = re.split(r"(\n\s*\n)", "\n".join(lines))
     for i, text in enumerate(paragraphs):
         before = paragraphs[i - 2] if i > 1 else ""
@@ -29,8 +32,15 @@ def escape_bars(app, what, name, obj, options, lines):
             continue
         pieces = re.split(r"(``.*?``|`[^`]*`)", text, flags=re.DOTALL)
         paragraphs[i] = "".join(p if p.startswith("`") else p.replace("|", r"\|") for p in pieces)
-    lines[:] = "".join(paragraphs).split("\n")
+    text = "".join(paragraphs)
+    # "left, right : array" are two names, and "shape (m, n)" is no link to a property called shape
+    text = re.sub(r"^(:(?:ivar|vartype) \w+), (\w+:)", r"\1/\2", text, flags=re.MULTILINE)
+    text = re.sub(r"^(:(?:type|vartype) .*?)\bshape\b", r"\1*shape*", text, flags=re.MULTILINE)
+    # a colon in the first line of a property ends no type
+    if what == "property" and (found := re.search(r"^:type: (.*)$", text, flags=re.MULTILINE)):
+        text = f"{found[1]}: {text.replace(found[0], '')}"
+    lines[:] = text.split("\n")
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", escape_bars, priority=900)
+    app.connect("autodoc-process-docstring", polish, priority=900)  # after napoleon
