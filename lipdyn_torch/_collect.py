@@ -113,10 +113,7 @@ def _check(caught: Caught, optimizer: Optimizer, owned: list[dict[str, Any] | No
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and float(found_inf) > 0:
         problems.append(SKIPPED)
-    elif (
-        not all(bool((g.coalesce().values() if g.is_sparse else g).isfinite().all()) for g in gradients)
-        or not watch.finite
-    ):
+    elif not all(bool((g.coalesce().values() if g.is_sparse else g).isfinite().all()) for g in gradients):
         problems.append(NOT_FINITE)
     if not passes:
         problems.append(SILENT if watch.accumulated else NO_GRADIENT)

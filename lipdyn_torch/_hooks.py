@@ -82,7 +82,6 @@ class Watch:
     problems: dict[str, None] = field(default_factory=dict, init=False)
     accumulated: bool = field(default=False, init=False)  # a gradient has reached the parameter
     eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
-    finite: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         self.spectrum = read_spectrum(self.read())
@@ -116,8 +115,7 @@ class Watch:
             self.problems[UNPAIRED] = None
             return
         self.eps = max(self.eps, torch.finfo(call.delta.dtype).eps)
-        self.finite = self.finite and bool(call.delta.isfinite().all())
-        if self.spectrum.triplet is None or not self.finite:
+        if self.spectrum.triplet is None:
             return
         if self.hold:
             single.calls.append(call)
@@ -154,7 +152,7 @@ class Watch:
     def forget(self) -> None:
         """Drop what was received."""
         self.passes, self.problems = {}, {}
-        self.accumulated, self.finite, self.eps = False, True, 0.0
+        self.accumulated, self.eps = False, 0.0
 
 
 def _add(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -195,6 +193,8 @@ class _ForwardHook:
         outer = torch._C._current_graph_task_id()  # not -1 inside a checkpoint that is run again
         if outer == -1 and any(watch.passes and watch.cleared() for watch, _ in tap.feeds):
             tap.switch.discard()
+            if not tap.switch.on:  # that was the measured step
+                return
         x = tap.rule.inputs(module, args, kwargs)
         if x is not None:
             for watch, _ in tap.feeds:

@@ -118,7 +118,7 @@ def _taps(module: Any, t: Tensor, size: torch.Size) -> Tensor:
             slice(a * d, a * d + (out - 1) * s + 1, s)
             for a, d, s, out in zip(tap, module.dilation, module.stride, t.shape[1:], strict=True)
         )
-        placed[:, *where, *tap] = t
+        placed[(slice(None), *where, *(slice(a, a + 1) for a in tap))] = t[(..., *(None for _ in tap))]
     return placed.flatten(1, len(size)).flatten(2)
 
 

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule
 
@@ -38,7 +39,7 @@ class FallbackRule(LayerRule):
         """Only modules without trained submodules, and with a matrix, are run again."""
         if isinstance(module, _NO_FALLBACK):
             return f"recurrent layer {type(module).__name__}: no rule"
-        if hasattr(module, "parametrizations"):
+        if hasattr(module, "parametrizations") or isinstance(module, ParametrizationList):
             return "its weight is computed from other parameters (a parametrisation)"
         if any(True for child in module.children() for _ in child.parameters()):
             return f"{type(module).__name__} owns parameters beside submodules: register a rule for it"

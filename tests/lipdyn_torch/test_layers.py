@@ -142,14 +142,21 @@ def names_of(row: str, model: nn.Module, known: dict) -> tuple[str, ...]:
     return ("weight",)
 
 
-def build(name: str):
+def inputs(name: str, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
     torch.manual_seed(5)
-    make, shape, known = MODELS[name]
+    make, shape, _ = MODELS[name]
     model = make().double()
     x = torch.randint(7, (6, *shape)) if "embedding" in name else torch.randn(6, *shape, dtype=F64)
     with torch.no_grad():
-        out = model(x)
-    target = torch.randn(out.shape, dtype=F64)
+        target = torch.randn(model(x).shape, dtype=F64)
+    return (x if "embedding" in name else x.to(dtype)), target.to(dtype)
+
+
+def build(name: str):
+    torch.manual_seed(5)
+    make, _, known = MODELS[name]
+    model = make().double()
+    x, target = inputs(name)
     return model, known, lambda m, i: (torch.sin(m(x[i]) + target[i]) * target[i]).sum() / 6
 
 
@@ -210,3 +217,89 @@ def test_layer_against_the_dense_definition(name, noise, kind):
         assert row["z"] + row["dz"] == pytest.approx(float(sigma.log()), abs=1e-12)
         assert abs(row["remainder"]) <= row["bound"]
     monitor.close()
+
+
+def test_report_names_everything():
+    model = nn.ModuleDict(
+        {
+            **{
+                "linear": nn.Linear(3, 2),
+                "conv": nn.Conv1d(4, 4, 2, groups=2),
+                "attention": nn.MultiheadAttention(4, 2),
+            },
+            **{"own": Own(), "norm": nn.LayerNorm(3), "lstm": nn.LSTM(2, 2), "mixed": Mixed()},
+            **{"renormed": nn.Embedding(3, 2, max_norm=1.0), "frozen": nn.Linear(2, 2).requires_grad_(False)},
+            "weightnorm": nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)),
+        }
+    )
+    with LipschitzMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1)) as monitor:
+        entries = {entry.module: (entry.how, entry.detail) for entry in monitor.report()}
+    assert entries["linear"] == ("monitored", "2 x 3")
+    assert entries["conv"] == ("monitored", "2 of 2 x 4")
+    assert {entries[f"attention.{part}"] for part in ("q", "k", "v", "out_proj")} == {("fallback", "4 x 4")}
+    assert entries["own.mix"] == ("fallback", "5 x 4")
+    assert entries["frozen"] == ("monitored", "2 x 2, frozen: sigma only")
+    assert entries["norm"] == ("skipped", "no rule for LayerNorm")
+    assert entries["lstm"][1] == "recurrent layer LSTM: no rule"
+    assert entries["renormed"][1] == "embedding with max_norm: the forward pass changes the table"
+    assert entries["mixed"][1] == "Mixed owns parameters beside submodules: register a rule for it"
+    assert entries["mixed.inner"] == ("monitored", "2 x 2")
+    assert entries["weightnorm"][0] == entries["weightnorm.parametrizations.weight"][0] == "skipped"
+    owners = {name for name, m in model.named_modules() if list(m.parameters(recurse=False))}
+    covered = {"attention", "attention.out_proj", "own"} | set(entries)
+    assert owners <= covered
+    assert str(monitor.report()).splitlines()[1].split() == ["linear", "Linear", "monitored", "2", "x", "3"]
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.matrix = nn.Linear(2, 2), nn.Parameter(torch.randn(2, 2))
+
+
+def test_attention_with_dropout_says_so():
+    torch.manual_seed(0)
+    model = Attention(dropout=0.3, batch_first=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        model(torch.randn(5, 3, 4)).square().mean().backward()
+        optimizer.step()
+    for row in monitor.history.rows[:-1]:
+        assert row["status"] == "per-sample gradients failed: attention with dropout cannot be run again"
+        assert math.isnan(row["kappa"])
+        assert abs(row["remainder"]) <= row["bound"]
+
+
+def test_the_fallback_runs_a_copy():
+    """Hooks of the user's on the module, and its buffers, see the training's own calls only."""
+    torch.manual_seed(0)
+    model, calls = Own(), []
+    model.register_forward_hook(lambda *args: calls.append(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        model(torch.randn(6, 5)).square().mean().backward()
+        optimizer.step()
+    assert monitor.history.rows[0]["status"] == "ok"
+    assert len(calls) == 1
+    assert float(model.calls) == 1.0
+
+
+@pytest.mark.parametrize("name", ["conv2d-groups", "transposed2d-groups", "attention", "fallback", "tied-embedding"])
+def test_single_precision_is_close_to_double(name):
+    tables = []
+    for dtype in (torch.float32, torch.float64):
+        model, _, loss = build(name)
+        single = {key: value.float() for key, value in model.state_dict().items()}
+        model.load_state_dict(single)
+        model.to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        x, target = inputs(name, dtype)
+        with LipschitzMonitor(model, optimizer) as monitor:
+            (torch.sin(model(x) + target) * target).sum().backward()
+            optimizer.step()
+        tables.append(monitor.history.rows)
+        del loss
+    for row, expected in zip(*tables, strict=True):
+        for key in ("sigma", "mu", "kappa", "lambda_sq"):
+            scale = max(abs(r[key]) for r in tables[1])
+            assert abs(row[key] - expected[key]) <= 1e-4 * scale, key
