@@ -21,7 +21,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.%: $(VENV)/.base
-	$(PIP_INSTALL) --group $*
+	$(PIP_INSTALL) --editable '.[all]' --group $*
 	@touch $@
 
 demo: $(VENV)/.base  ## train a network on scanned digits and explain its Lipschitz bound (picture and table in demo/)
