@@ -162,6 +162,7 @@ class LipschitzMonitor:
         self._step = 0
         self._clock: float | None = None
         self._pending: list[Measurement] | None = None
+        self._inside = False  # of a step that calls a closure
         self._switch = Switch(discard=self._discard)
         # What a preconditioner does to a sample is known at the step only; so is which calls share a weight.
         hold = self._split or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.RMSprop)
@@ -291,16 +292,15 @@ class LipschitzMonitor:
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read gradients, learning rates and noise while the weights are still the old ones."""
-        self._pending = None
+        self._pending, self._inside = None, False
         if not self._schedule.due(self._step):
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._pending = self._read()
             return None
-        # With a closure the backward pass happens inside the step: read at its end, before the optimiser acts.
-        for watch in self._watches:
-            watch.forget()
+        # With a closure the (last) backward pass happens inside the step: read after it, before the optimiser acts.
+        self._inside = True
         watched = self._reading(closure)
         return ((args[0], watched, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": watched})
 
@@ -321,7 +321,7 @@ class LipschitzMonitor:
         due = self._schedule.due(self._step)
         if due and self._pending is not None:
             self._write(self._pending)
-        self._pending = None
+        self._pending, self._inside = None, False
         self._finish(due)
 
     def _finish(self, measured: bool) -> None:
@@ -349,7 +349,7 @@ class LipschitzMonitor:
 
     def _discard(self) -> None:
         """Gradients were cleared without a step; if they had been made, that is a step skipped, and gets rows."""
-        skipped = any(watch.accumulated for watch in self._watches)
+        skipped = any(watch.accumulated for watch in self._watches) and not self._inside
         batch = max(sum(p.samples for p in watch.merged(self._switch.outer)) for watch in self._watches)
         for watch in self._watches:
             watch.forget()

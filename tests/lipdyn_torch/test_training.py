@@ -298,6 +298,33 @@ def test_adam_with_a_closure():
     same(rows[1], rows[0])
 
 
+def test_accumulation_whose_last_batch_is_in_the_closure():
+    """As Lightning does it; a closure that clears the gradients first discards what came before."""
+
+    def loop(clears):
+        def steps(model, optimizer):
+            x, y = data(torch.float64)
+            optimizer.zero_grad()
+            (functional.cross_entropy(model(x[:6]), y[:6]) / 2).backward()
+
+            def closure():
+                if clears:
+                    optimizer.zero_grad()
+                loss = functional.cross_entropy(model(x[6:]), y[6:]) / 2
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+
+        return steps
+
+    same(run(loop(False)), run(lambda m, o: plain(m, o, steps=1)))
+    cleared = run(loop(True))
+    assert {row["batch"] for row in cleared} == {6}
+    assert {row["status"] for row in cleared} == {"ok"}
+    assert {row["step"] for row in cleared} == {0}
+
+
 # --- compiled models -----------------------------------------------------------------------------------------
 
 
