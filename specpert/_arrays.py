@@ -51,7 +51,8 @@ def _as_array(x: Any, name: str) -> Array:
             f"expected {name} to be a dense array, got {type(x).__name__}; convert it, e.g. {name}.toarray()"
         )
     try:
-        return np.asarray(x)
+        array = np.asarray(x)
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     except ValueError as error:
         raise ValueError(f"expected {name} to be a rectangular array, got rows of different length") from error
 

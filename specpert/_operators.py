@@ -121,11 +121,13 @@ def _from_sparse(A: Any, name: str) -> Operator:
 
 
 def _dense_bound(A: np.ndarray) -> float:
-    """min(||A||_F, sqrt(||A||_1 ||A||_inf)), free of overflow."""
+    """The norm, or for a large matrix min(||A||_F, sqrt(||A||_1 ||A||_inf)), free of overflow."""
     largest = float(np.max(np.abs(A)))
     if largest == 0:
         return 0.0
     M = A / largest
+    if min(M.shape) <= 512:
+        return largest * float(np.linalg.norm(M, 2)) * (1 + 1e-12)
     both = float(np.linalg.norm(M, 1)) * float(np.linalg.norm(M, np.inf))
     return largest * min(float(np.linalg.norm(M)), math.sqrt(both)) * (1 + 1e-12)
 

@@ -155,33 +155,38 @@ class IterativeSolver:
         self.residuals: list[float] = []
 
     def __call__(self, b: np.ndarray) -> np.ndarray:
+        solved = [self._solve(column) for column in b.T]
+        self.residuals.append(max(residual for _, residual in solved))
+        return np.stack([x for x, _ in solved], axis=1)
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        # sigma^2 on the span of X, where the solution has no part, keeps the matrix positive definite
+        X, square = self.X, self.sigma * self.sigma
+        inside = X @ (X.conj().T @ x)
+        rest = (x - inside).reshape(-1, 1)
+        y = (square * rest - self.gram(rest)).reshape(-1)
+        return y - X @ (X.conj().T @ y) + square * inside
+
+    def _solve(self, b: np.ndarray) -> tuple[np.ndarray, float]:
         from scipy.sparse.linalg import LinearOperator, cg
 
-        X, square = self.X, self.sigma * self.sigma
-        known = X.conj().T @ b
-        weights = square - self.w
-        weights[self.index] = np.inf
-        rest = b[:, 0] - X @ known[:, 0]
+        X = self.X
         size = float(np.linalg.norm(b))
-
-        def matvec(x: np.ndarray) -> np.ndarray:
-            # sigma^2 on the span of X, where the solution has no part, keeps the matrix positive definite
-            x = x.reshape(-1, 1)
-            inside = X @ (X.conj().T @ x)
-            y = square * (x - inside) - self.gram(x - inside)
-            return (y - X @ (X.conj().T @ y) + square * inside).reshape(-1)
-
-        operator = LinearOperator((len(b), len(b)), matvec=matvec, dtype=b.dtype)
-        x, _ = cg(operator, rest, rtol=0.0, atol=1e-14 * size, maxiter=min(len(b), 2000)) if size else (rest, 0)
-        residual = float(np.linalg.norm(matvec(x) - rest))
+        if size == 0:
+            return b, 0.0
+        known = X.conj().T @ b
+        rest = b - X @ known
+        operator = LinearOperator((len(b), len(b)), matvec=self._matvec, dtype=b.dtype)
+        x, _ = cg(operator, rest, rtol=0.0, atol=1e-14 * size, maxiter=min(len(b), 2000))
+        residual = float(np.linalg.norm(self._matvec(x) - rest))
         if residual > 1e-6 * size:
             raise ConvergenceError(
                 f"expected the conjugate gradients to reach a residual of 1e-6, got {residual / size:.1e}: sigma_k is "
-                "too close to its neighbours; ask for the cluster, or use a dense array with method='svd'"
+                "too close to its neighbours, or tied with one; use a dense array, whose clusters have series"
             )
-        self.residuals.append(residual)
-        x = x.reshape(-1, 1)
-        return x - X @ (X.conj().T @ x) + X @ (known / weights[:, None])
+        weights = self.sigma * self.sigma - self.w
+        weights[self.index] = np.inf
+        return x - X @ (X.conj().T @ x) + X @ (known / weights), residual
 
 
 def top_of_gram(
@@ -189,27 +194,47 @@ def top_of_gram(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The `count` largest eigenvalues w of K, descending, their vectors X, and an upper estimate of the next one.
 
-    Lanczos (ARPACK). The next value is found on the complement of X, where a copy of a tied value shows itself; it need
-    be no more accurate than its distance, so its residual is added to it.
+    Lanczos (ARPACK). The next value is sought on the complement of X from a start of its own: a second copy of a tied
+    value is orthogonal to all that the first start can reach. It need be no more accurate than its distance, so its
+    residual is added to it. Where it turns out larger than a value found, the first start had missed it.
     """
-    w, X = _lanczos(gram, size, count, start, dtype, 0.0)
+    for _ in range(3):
+        w, X = _lanczos(gram, size, count, start, dtype, 0.0)
+        x, upper = _next_of_gram(gram, size, w, X, dtype)
+        if upper <= w[-1] * (1 + 1e-8):
+            break
+        start = X.sum(axis=1) + x
+    return w, X, min(upper, float(w[-1]))
+
+
+def _next_of_gram(
+    gram: Callable[[np.ndarray], np.ndarray], size: int, w: np.ndarray, X: np.ndarray, dtype: Any
+) -> tuple[np.ndarray, float]:
+    """Vector and upper estimate of the largest eigenvalue of K on the complement of X."""
 
     def deflated(x: np.ndarray) -> np.ndarray:
-        return gram(x) - X @ (w[:, None] * (X.conj().T @ x))
+        y = gram(x - X @ (X.conj().T @ x))
+        return y - X @ (X.conj().T @ y)
 
+    start = np.random.default_rng(1).standard_normal((size, 1)).astype(dtype)
+    start = start - X @ (X.conj().T @ start)
+    rounding = 100 * size * float(np.finfo(float).eps) * float(w[0])
+    if float(np.linalg.norm(deflated(start))) <= rounding * float(np.linalg.norm(start)):
+        return start[:, 0], 0.0
+    vector, upper = start[:, 0], 0.0
     for tolerance in (1e-3, 0.0):
-        (value,), x = _lanczos(deflated, size, 1, start - X @ (X.conj().T @ start), dtype, tolerance)
+        (value,), x = _lanczos(deflated, size, 1, vector, dtype, tolerance)
         upper = float(value) + float(np.linalg.norm(deflated(x) - value * x))
+        vector = x[:, 0]
         if w[-1] - upper > 0.1 * (w[-1] - value):
             break
-        start = x[:, 0]
-    return w, X, max(upper, 0.0)
+    return vector, max(upper, 0.0)
 
 
 def _lanczos(
     product: Callable[[np.ndarray], np.ndarray], size: int, count: int, start: np.ndarray, dtype: Any, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 
     operator = LinearOperator((size, size), matvec=lambda x: product(x.reshape(-1, 1)).reshape(-1), dtype=dtype)
     width = min(size, max(2 * count + 1, 24))
@@ -219,6 +244,11 @@ def _lanczos(
         raise ConvergenceError(
             f"expected Lanczos to find {count} singular value(s), got {len(error.eigenvalues)} after 500 restarts: "
             "they lie too close together; use a dense array with method='svd', or a better start vector v0"
+        ) from error
+    except ArpackError as error:
+        raise ConvergenceError(
+            f"expected Lanczos to run, got an error of ARPACK ({error}): are the products finite, and is rmatvec the "
+            "adjoint of matvec?"
         ) from error
     order = np.argsort(w)[::-1]
     return w[order], X[:, order]

@@ -13,10 +13,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from specpert._arrays import Array, Namespace, array, eps, eye, ldexp, real, scalar
+import numpy as np
+
+from specpert._arrays import (
+    Array,
+    Namespace,
+    array,
+    dtype_name,
+    eps,
+    exponent,
+    is_complex,
+    ldexp,
+    magnitude,
+    real,
+    scalar,
+)
 from specpert._operators import Operator
 from specpert._recursion import Vectors, extend, products
-from specpert.triplet import SingularTriplet, prepare
+from specpert.triplet import SingularTriplet, check_order, prepare
 
 _EXACT_NORM_LIMIT = 512  # up to this smaller side the norm of a direction is computed, beyond it bounded
 
@@ -96,12 +110,26 @@ class Certificate:
 
     def radius(self) -> Array:
         """Certified radius of convergence r0, in the caller's units."""
-        return scalar(ldexp(self._radius, -self._fit(self.t), self.triplet._xp))
+        radius = ldexp(self._radius, -self._fit(self.t), self.triplet._xp)
+        return scalar(self.triplet._result(radius))
+
+    def argument(self, x: Any) -> Array:
+        """The argument x of a series as an array that broadcasts with its values, in at least their precision."""
+        xp, like = self.triplet._xp, self.triplet._values
+        x = array(x, like, xp, dtype=self.triplet._dtype) if isinstance(x, int | float) else xp.asarray(x)
+        if is_complex(x, xp):
+            raise TypeError(f"expected x to be real, got {dtype_name(x)}")
+        x = (
+            xp.astype(x, xp.result_type(x.dtype, self.triplet._dtype))
+            if xp.isdtype(x.dtype, "real floating")
+            else (xp.astype(x, self.triplet._dtype))
+        )
+        return x[..., None] if self.triplet._several and x.ndim else x
 
     def remainder(self, x: Any, order: int) -> Array:
         """Bound of |sigma(A(x)) - partial sum of that order|; infinite for |x| >= r0."""
         xp, d = self.triplet._xp, self._safe_d
-        x = xp.abs(array(x, d, xp) if isinstance(x, int | float | complex) else xp.asarray(x))
+        x = xp.abs(self.argument(x))
         zero = xp.zeros_like(x) + xp.zeros_like(self._radius)
         certified = self._radius > 0
         rho = ldexp(x + zero, self._fit(self.t) + zero, xp) / xp.where(certified, self._radius, zero + 1)
@@ -119,7 +147,7 @@ class Certificate:
             backward = backward + residual * scaled_x**j
         rounding = 4 * (order + 1) * self._unit * (self._size + d)
         bound = ldexp(truncation + amplified * backward + rounding, self._fit(self.triplet._e) + zero, xp)
-        return scalar(xp.where(inside, bound, zero + math.inf))
+        return scalar(self.triplet._result(xp.where(inside, bound, zero + math.inf)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,15 +208,40 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
     True 1e-04
     True 7e-07
     """
-    if isinstance(order, bool) or not isinstance(order, int) or order < 0:
-        raise ValueError(f"expected order to be an integer >= 0, got {order!r}")
+    order = check_order(order, 0)
     triplet, (H,) = prepare(A, k, [H], ["H"], cluster=False)
     xp, e = triplet._xp, triplet._e
-    step = H.scaled(float(e)) if isinstance(H, Operator) else ldexp(H, -e[..., None, None], xp)
+    # a step so large that it has no size beside A counts as an infinite one
+    own = xp.zeros_like(e) if isinstance(H, Operator) else exponent(magnitude(H, xp), xp)
+    huge = own - e > 400
+    power = xp.where(huge, own, e)
+    step = H.scaled(float(e)) if isinstance(H, Operator) else ldexp(H, -power[..., None, None], xp)
+    margin = triplet._margin[..., None]
+    safe = triplet._gap - margin
+    h = _bound(step, triplet._values[..., 0], xp)[..., None]
+    with np.errstate(over="ignore", invalid="ignore"):  # where the step is far too large for the vectors
+        theta, rho_squared = _rayleigh(triplet, step, order)
+        delta = safe - h - xp.abs(theta)
+        valid = (2 * h < safe) & (delta > 0)
+        sharp = rho_squared / xp.where(valid, delta, xp.ones_like(delta))
+    finite = xp.isfinite(theta) & xp.isfinite(rho_squared) & ~huge[..., None]
+    shift = xp.where(finite, theta, xp.zeros_like(theta))
+    bound = xp.where(valid & finite, sharp, h + xp.abs(shift)) + margin
+    eps_step = xp.where(huge[..., None], xp.full_like(bound, math.inf), 2 * h / triplet._gap)
+    results = (
+        ldexp(triplet._values + shift, e[..., None] + 0 * bound, xp),
+        ldexp(bound, power[..., None] + 0 * bound, xp),
+        eps_step,
+    )
+    return Enclosure(*(scalar(triplet._result(triplet._pick(x))) for x in results))
+
+
+def _rayleigh(triplet: SingularTriplet, step: Any, order: int) -> tuple[Array, Array]:
+    """Rayleigh quotient less sigma, and squared residual, of the vectors summed to the given order, shape (..., c)."""
+    xp = triplet._xp
     state = Vectors([products(step, xp)], triplet._P0, triplet._Q0)
-    identity = eye(len(triplet._indices), triplet._values, xp)
-    E0 = xp.astype(triplet._values[..., None, :] * identity, triplet._P0.dtype)
-    lam = [xp.linalg.diagonal(E) for E in extend(state, triplet._resolvent(), E0, triplet._coupled, order, xp)]
+    resolvent = triplet._resolvent()
+    lam = [xp.linalg.diagonal(E) for E in extend(state, resolvent, triplet._E0, triplet._coupled, order, xp)]
     # (T0 + T1) w = sigma w + rest, as (T0 - sigma) w_n = -T1 w_{n-1} + sum_j lam_j w_{n-j}
     wP, wQ = sum(state.P), sum(state.Q)
     restP, restQ = state.product(1, order)
@@ -201,22 +254,8 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
         return real(xp.vecdot(a[0], b[0], axis=-2) + xp.vecdot(a[1], b[1], axis=-2), xp)
 
     norm = inner((wP, wQ), (wP, wQ))
-    shift = inner((wP, wQ), (restP, restQ)) / norm  # theta - sigma
+    shift = inner((wP, wQ), (restP, restQ)) / norm
     residual = (restP - shift[..., None, :] * wP, restQ - shift[..., None, :] * wQ)
-    rho_squared = inner(residual, residual) / norm
-    h = _bound(step, triplet._values[..., 0], xp)[..., None]
-    margin = triplet._margin[..., None]
-    delta = triplet._gap - margin - h - xp.abs(shift)
-    valid = (2 * h < triplet._gap - margin) & (delta > 0)
-    sharp = rho_squared / xp.where(valid, delta, xp.ones_like(delta))
-    bound = xp.where(valid, sharp, h + xp.abs(shift)) + margin
-    return Enclosure(
-        *(
-            scalar(triplet._pick(x))
-            for x in (
-                ldexp(triplet._values + shift, e[..., None] + xp.zeros_like(shift), xp),
-                ldexp(bound, e[..., None] + xp.zeros_like(bound), xp),
-                2 * h / triplet._gap,
-            )
-        )
-    )
+    # iterative solves leave residuals of their own in that equation
+    left = sum(getattr(resolvent, "residuals", ()))
+    return shift, (xp.sqrt(inner(residual, residual) / norm) + left) ** 2

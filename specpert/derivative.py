@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from specpert._arrays import Array, adjoint, array, dtype_name, eye, finite, is_complex, ldexp, scalar
+from specpert._operators import is_operator
 from specpert._recursion import products
 from specpert._subsets import dense_tensor, mixed_cluster_mean, mixed_derivative
 from specpert.hessian import SigmaHessian, dense_hessian
 from specpert.result import DegenerateSingularValueError, DenseSizeError
-from specpert.series import ClusterSeries, expand, fast_coefficients, scale
-from specpert.triplet import SingularTriplet, prepare
+from specpert.series import ClusterSeries, expand, fast_coefficients, scale, times_factorial
+from specpert.triplet import SingularTriplet, check_order, prepare
 
 MAX_DENSE_BYTES = 2**31
 """Largest dense derivative that is made, in bytes; set ``specpert.derivative.MAX_DENSE_BYTES`` for another limit."""
@@ -48,8 +49,8 @@ def sigma_derivative(
         Index of the singular value, 0 being the largest. A sequence gives the results for each k, stacked on an axis
         after those of the stack.
     directions : array or sequence of arrays, optional
-        One array H (..., m, n) gives :math:`D^n \sigma_k[H, \dots, H]`; a sequence of `order` arrays gives
-        :math:`D^n \sigma_k[H_1, \dots, H_n]` (theory 1.6). Without it the dense derivative is made.
+        One array H (..., m, n), a stack included, gives :math:`D^n \sigma_k[H, \dots, H]`; a list of `order` arrays
+        gives :math:`D^n \sigma_k[H_1, \dots, H_n]` (theory 1.6). Without it the dense derivative is made.
     layout : {"tensor", "vec"}
         Of the dense derivative: shape (m, n) * order, or (m n,) * order with column-major vec, in which order 1 is
         :math:`v \otimes u` and order 2 the Kronecker form of the Hessian (theory 1.1).
@@ -91,31 +92,34 @@ def sigma_derivative(
     >>> bool(np.isclose(T[0, 1, 0, 1, 0, 1, 0, 1], -1 / 9))
     True
     """
-    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-        raise ValueError(
-            f"expected order to be an integer >= 1, got {order!r}; the value itself is singular_triplet(A).sigma"
-        )
+    order = check_order(order, 1)
     if on_degenerate not in ("raise", "cluster"):
         raise ValueError(f"expected on_degenerate to be 'raise' or 'cluster', got {on_degenerate!r}")
     if layout not in ("tensor", "vec"):
         raise ValueError(f"expected layout to be 'tensor' or 'vec', got {layout!r}")
     if gap_tol is None and (fast := fast_coefficients(A, directions, k, order)) is not None:
-        return fast[order] * math.factorial(order)
+        return times_factorial(fast[order], order, np)
     given = [] if directions is None else _as_directions(directions, order)
     names = ["H"] if len(given) == 1 else [f"H_{i}" for i in range(1, len(given) + 1)]
-    method = "svd" if directions is None and order == 2 else "auto"  # the closed form needs all singular vectors
+    # the closed form of the Hessian needs all singular vectors
+    method = "svd" if directions is None and order == 2 and not is_operator(A) else "auto"
     try:
         triplet, given = prepare(A, k, given, names, cluster=False, gap_tol=gap_tol, method=method)
     except DegenerateSingularValueError as error:
-        if on_degenerate == "raise" or not isinstance(k, int) or getattr(A, "ndim", 2) > 2:
+        if on_degenerate == "raise":
             raise
+        if isinstance(k, Sequence) or (A.ndim if hasattr(A, "ndim") else np.ndim(A)) > 2:
+            raise ValueError(
+                "expected one matrix and one k with on_degenerate='cluster', as clusters differ from matrix to matrix; "
+                f"ask for one after the other ({error})"
+            ) from error
         triplet, given = prepare(A, error.cluster, given, names, cluster=True, gap_tol=gap_tol)
     if directions is None:
         return _dense(triplet, order, layout)
     if len(given) == 1:
         series = expand(triplet, given, order)
         coefficients = series.mean if isinstance(series, ClusterSeries) else series.coefficients
-        return scalar(coefficients[..., order] * math.factorial(order))
+        return scalar(times_factorial(coefficients[..., order], order, triplet._xp))
     return _mixed(triplet, given)
 
 
@@ -157,7 +161,9 @@ def _dense(triplet: SingularTriplet, order: int, layout: str) -> Array:
         parts = [_dense(triplet._at(j), order, layout) for j in range(len(triplet._indices))]
         return xp.stack(parts, axis=len(triplet.shape) - 2)
     lead = triplet.shape[:-2]
-    if triplet._cluster:
+    if triplet._cluster and order == 1:
+        dense = triplet._result(triplet._P0 @ adjoint(triplet._Q0, xp)) / len(triplet._indices)
+    elif triplet._cluster:
         dense = _dense_cluster_mean(triplet, order)
     elif order == 1:
         dense = triplet.u[..., :, None] * adjoint(triplet.v[..., None], xp)
@@ -192,7 +198,8 @@ def _vec(dense: Array, lead: int, entry: tuple[int, ...], order: int, xp: Any) -
 
 
 def _guard_size(triplet: SingularTriplet, order: int) -> None:
-    entries = math.prod(triplet.shape[:-2]) * len(triplet._indices) * math.prod(_entry_shape(triplet, order)) ** order
+    several = len(triplet._indices) if triplet._several else 1
+    entries = math.prod(triplet.shape[:-2]) * several * math.prod(_entry_shape(triplet, order)) ** order
     itemsize = 4 if dtype_name(triplet._values) == "float32" else 8
     if entries * itemsize > MAX_DENSE_BYTES:
         raise DenseSizeError(
@@ -209,8 +216,13 @@ def _dense_cluster_mean(triplet: SingularTriplet, order: int) -> Array:
     basis = _basis(triplet, entry)
     B = basis.shape[0]
     multi = list(combinations_with_replacement(range(B), order))
-    directions = [xp.take(basis, array([c[i] for c in multi], basis, xp, dtype=xp.int32), axis=0) for i in range(order)]
-    values = _mixed(triplet, directions)
+    chunk = max(1, 2**22 // (B * len(triplet._indices)))  # bounds the memory of the directions and their vectors
+    parts = []
+    for start in range(0, len(multi), chunk):
+        rows = multi[start : start + chunk]
+        picks = [array([c[i] for c in rows], basis, xp, dtype=xp.int32) for i in range(order)]
+        parts.append(_mixed(triplet, [xp.take(basis, pick, axis=0) for pick in picks]))
+    values = xp.concat(parts)
     where = {c: i for i, c in enumerate(multi)}
     flat = [where[tuple(sorted(c))] for c in product(range(B), repeat=order)]
     dense = xp.take(values, array(flat, basis, xp, dtype=xp.int32), axis=0)

@@ -32,6 +32,7 @@ from specpert._arrays import (
     scalar,
 )
 from specpert._resolvent import HostResolvent, SmallSideResolvent
+from specpert.result import NonFiniteError
 from specpert.triplet import SingularTriplet, check_shape, prepare
 
 if TYPE_CHECKING:
@@ -111,6 +112,9 @@ class SigmaHessian:
                 f"expected p (..., {m}) and q (..., {n}) with equal leading axes, "
                 f"got {tuple(p.shape)} and {tuple(q.shape)}"
             )
+        for x, name in ((p, "p"), (q, "q")):
+            if not bool(xp.all(xp.isfinite(x))):
+                raise NonFiniteError(f"expected {name} to be finite, got NaN or inf in it")
         e = _vector_exponent(p, q, xp)
         p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
         if self.triplet._svd is not None:
@@ -120,11 +124,19 @@ class SigmaHessian:
             assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
             total = xp.reshape(self._resolvent.quadratic(*columns), p.shape[:-1])
         total = self.triplet._result(total)
-        return scalar(ldexp(total, 2 * e - self.triplet._e, xp))
+        return finite(scalar(ldexp(total, 2 * e - self.triplet._e, xp)), "Hessian form", xp)
 
     def inner(self, factor: Any) -> Array:
-        """<H, F^T F> = sum_i D^2 sigma[F_i, F_i] for a low-rank covariance given by its factor F (M, m, n)."""
-        return scalar(self._xp.sum(self.quadratic(factor), axis=-1))
+        """<H, F^T F> = sum_i D^2 sigma[F_i, F_i] for a low-rank covariance given by its factor F (M, m, n).
+
+        For a stack of matrices A (..., m, n) each is paired with the whole factor; shape (...).
+        """
+        F = self._direction(factor, stack=False)
+        if F.ndim != 3:
+            raise ValueError(f"expected a factor of shape (M, m, n), got {tuple(F.shape)}")
+        lead = len(self.triplet.shape) - 2
+        F = self._xp.reshape(F, (F.shape[0], *(1,) * lead, *F.shape[1:]))
+        return scalar(self._xp.sum(self.quadratic(F), axis=0))
 
     def product(self, G: Any) -> Array:
         """The matrix H[G] (..., m, n) with <H[G], G'> = D^2 sigma[G, G'] for every G' (real part of the trace)."""
@@ -135,7 +147,7 @@ class SigmaHessian:
         x, y = self._solve(p, q)
         product = x @ adjoint(v[..., None], xp) + u[..., None] @ adjoint(y, xp)
         product = self.triplet._result(product)
-        return ldexp(product, (e - self.triplet._e)[..., None, None], xp)
+        return finite(ldexp(product, (e - self.triplet._e)[..., None, None], xp), "Hessian product", xp)
 
     def _solve(self, p: Array, q: Array) -> tuple[Array, Array]:
         """The reduced resolvent on stacks of vectors, as columns (..., m, 1) and (..., n, 1)."""
@@ -165,7 +177,8 @@ class SigmaHessian:
             values = values * 2 + [1 / sp.sigma]
         if not values:
             return xp.zeros((*sp.sigma.shape, 0), dtype=s.dtype, device=s.device)
-        return xp.sort(ldexp(xp.stack(values, axis=-1), -self.triplet._e[..., None], xp), axis=-1, descending=True)
+        values = finite(ldexp(xp.stack(values, axis=-1), -self.triplet._e[..., None], xp), "Hessian", xp)
+        return xp.sort(values, axis=-1, descending=True)
 
     def trace(self) -> Array:
         """Sum of the eigenvalues, shape (...)."""
@@ -183,9 +196,9 @@ class SigmaHessian:
         right = _square(u, xp) * real(xp.linalg.diagonal(R), xp)[..., None, :]
         cross = 2 * real(u * xp.conj(v) * C if is_complex(C, xp) else u * v * C, xp)
         if not is_complex(self.triplet._P0, xp):
-            return ldexp(left + right + cross, -self.triplet._e[..., None, None], xp)
+            return finite(ldexp(left + right + cross, -self.triplet._e[..., None, None], xp), "Hessian", xp)
         both = xp.stack([left + right + cross, left + right - cross], axis=-1)
-        return ldexp(both, -self.triplet._e[..., None, None, None], xp)
+        return finite(ldexp(both, -self.triplet._e[..., None, None, None], xp), "Hessian", xp)
 
     def dense(self, layout: str = "tensor") -> Array:
         """The whole form; see :func:`sigma_hessian`."""
@@ -206,9 +219,9 @@ class SigmaHessian:
 
         return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=self.triplet._P0.dtype)
 
-    def _direction(self, G: Any) -> Array:
+    def _direction(self, G: Any, stack: bool = True) -> Array:
         _, (_, G) = as_arrays(self.triplet._P0, G, names=["A", "G"])
-        check_shape(G, "G", self.triplet.shape)
+        check_shape(G, "G", self.triplet.shape if stack else self.triplet.shape[-2:])
         return G
 
     def _projections(self, G: Array) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from specpert._arrays import Array, adjoint, as_arrays, check_matrix, eps, exponent, ldexp, magnitude
+from specpert._arrays import Array, adjoint, array, as_arrays, check_matrix, eps, exponent, ldexp, magnitude
 from specpert.certificate import spectral_norm_bound
 from specpert.result import SpecpertError
 from specpert.series import sigma_series
@@ -140,8 +140,8 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
     index = check_indices(k, min(A.shape))
     if not isinstance(index, int):
         raise TypeError(f"expected one index k, got {index}")
-    e = exponent(xp.maximum(magnitude(A, xp), magnitude(H, xp)), xp)
-    A, H = ldexp(A, -e, xp), ldexp(H, -e, xp)
+    e, t = exponent(magnitude(A, xp), xp), exponent(magnitude(H, xp), xp)
+    A, H = ldexp(A, -e, xp), ldexp(H, -t, xp)  # each to about one; x in these units is x 2^(t - e)
     U, s, Vh = xp.linalg.svd(A, full_matrices=True)
     values = [float(x) for x in s]
     tol = (10 * max(A.shape) * eps(A, xp) if gap_tol is None else gap_tol) * values[0]
@@ -149,14 +149,14 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
         rank = sum(x > tol for x in values)
         U0, V0 = U[:, rank:], adjoint(Vh, xp)[:, rank:]
         Y, W = U[:, :rank], adjoint(Vh, xp)[:, :rank]
-        left, right = adjoint(U0, xp) @ H @ W, adjoint(Y, xp) @ H @ V0
         first = adjoint(U0, xp) @ H @ V0
-        second = (left / s[:rank]) @ right  # U_0^* H A^+ H V_0
+        second = ((adjoint(U0, xp) @ H @ W) / s[:rank]) @ (adjoint(Y, xp) @ H @ V0)  # U_0^* H A^+ H V_0
 
         def of_zero(x: float) -> Array:
-            return ldexp(x * xp.linalg.svdvals(first - x * second), e, xp)
+            scaled = ldexp(array(x, s, xp), t - e, xp)
+            return ldexp(scaled * xp.linalg.svdvals(first - scaled * second), e, xp)
 
-        return OneSided(tuple(range(rank, len(values))), 0.0, ldexp(xp.linalg.svdvals(first), e, xp), of_zero)
+        return OneSided(tuple(range(rank, len(values))), 0.0, ldexp(xp.linalg.svdvals(first), t, xp), of_zero)
     low = high = index
     while low > 0 and values[low - 1] - values[low] <= tol:
         low -= 1
@@ -167,7 +167,11 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
     first = series.effective_matrices[1, :, :]
     derivatives = xp.sort(xp.linalg.eigvalsh((first + adjoint(first, xp)) / 2), descending=True)
     value = float(ldexp(s[index], e, xp))
-    return OneSided(cluster, value, ldexp(derivatives, e, xp), lambda x: ldexp(series.values(x), e, xp))
+
+    def of_tie(x: float) -> Array:
+        return ldexp(series.values(float(ldexp(array(x, s, xp), t - e, xp))), e, xp)
+
+    return OneSided(cluster, value, ldexp(derivatives, t, xp), of_tie)
 
 
 def _check_single(A: Array, xp: Any) -> None:

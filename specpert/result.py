@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 
 class SpecpertError(ValueError):
@@ -19,7 +20,7 @@ class DegenerateSingularValueError(SpecpertError):
     cluster : tuple of int
         Indices of all singular values tied with it.
     gap : float
-        Distance to the nearest other singular value.
+        Distance to the nearest other singular value, relative to the largest.
     """
 
     def __init__(self, message: str, k: int, cluster: tuple[int, ...], gap: float) -> None:
@@ -27,6 +28,9 @@ class DegenerateSingularValueError(SpecpertError):
         self.k = k
         self.cluster = cluster
         self.gap = gap
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.k, self.cluster, self.gap)  # so that it crosses process borders
 
 
 class ZeroSingularValueError(SpecpertError):

@@ -7,9 +7,9 @@ E_n (..., c, c) effective matrices of a cluster (theory 1.8); e, t exponents of 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any, overload
 
 import numpy as np
@@ -20,7 +20,6 @@ from specpert._arrays import (
     adjoint,
     array,
     exponent,
-    eye,
     finite,
     is_numpy,
     kernels,
@@ -35,7 +34,7 @@ from specpert._operators import Operator
 from specpert._recursion import Vectors, extend, products, value_coefficients
 from specpert.certificate import Certificate
 from specpert.result import Status
-from specpert.triplet import SingularTriplet, prepare
+from specpert.triplet import SingularTriplet, check_order, prepare
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,9 +69,9 @@ class SigmaSeries:
     @property
     def derivatives(self) -> Array:
         """The n! lam_n: derivatives of sigma(A(x)) at x = 0; for a linear family D^n sigma[H, ..., H]."""
-        factorials = [float(math.factorial(n)) for n in range(self.order + 1)]
-        factorials = array(factorials, self.coefficients, namespace(self.coefficients))
-        return self.coefficients * factorials
+        xp = namespace(self.coefficients)
+        terms = [times_factorial(self.coefficients[..., n], n, xp) for n in range(self.order + 1)]
+        return xp.stack(terms, axis=-1)
 
     @property
     def radius(self) -> Array:
@@ -84,9 +83,9 @@ class SigmaSeries:
         return self._certificate.remainder(x, self.order)
 
     def __call__(self, x: Any) -> Array:
-        """Sum of the series at x, a real number or an array that broadcasts with the stack."""
+        """Sum of the series at x, a real number or a real array that broadcasts with the stack."""
         xp = namespace(self.coefficients)
-        x = array(x, self.coefficients, xp) if isinstance(x, int | float | complex) else xp.asarray(x)
+        x = self._certificate.argument(x)
         total = self.coefficients[..., -1] + xp.zeros_like(x)
         for n in range(self.order - 1, -1, -1):
             total = total * x + self.coefficients[..., n]
@@ -142,7 +141,9 @@ class ClusterSeries:
         return self._certificate.remainder(x, self.order)
 
     def values(self, x: float) -> Array:
-        """The cluster's singular values at x, in descending order, shape (..., c)."""
+        """The cluster's singular values at x, a real number, in descending order, shape (..., c)."""
+        if not isinstance(x, numbers.Real):
+            raise TypeError(f"expected x to be a real number, got {type(x).__name__}")
         xp = namespace(self.effective_matrices)
         total = self.effective_matrices[..., -1, :, :]
         for n in range(self.order - 1, -1, -1):
@@ -223,8 +224,7 @@ def sigma_series(
     >>> print(cluster.values(0.25), cluster.mean)
     [1.25 0.75] [1. 0. 0. 0.]
     """
-    if isinstance(order, bool) or not isinstance(order, int) or order < 0:
-        raise ValueError(f"expected order to be an integer >= 0, got {order!r}")
+    order = check_order(order, 0)
     cluster = isinstance(k, tuple) or (isinstance(A, SingularTriplet) and A._cluster)
     family = _as_family(coefficients)
     names = ["H"] if len(family) == 1 else [f"A_{j}" for j in range(1, len(family) + 1)]
@@ -236,15 +236,19 @@ def expand(
     triplet: SingularTriplet, family: list[Array], order: int, vectors: bool = False
 ) -> SigmaSeries | ClusterSeries:
     """Series of what the triplet holds, for a family of the right library, dtype and shape."""
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow is found in the coefficients, and raised
+        return _expand(triplet, family, order, vectors)
+
+
+def _expand(triplet: SingularTriplet, family: list[Array], order: int, vectors: bool) -> SigmaSeries | ClusterSeries:
     xp, cluster = triplet._xp, triplet._cluster
-    t, scaled = scale(family, triplet._e, xp)
+    t, scaled = scale(family, triplet._e, xp, xp.min(triplet._gap, axis=-1))
     if not vectors and _is_small(triplet, scaled):
         lam = _stack(_by_kernel(triplet, scaled[0], order), triplet._e, t, triplet)[..., 0, :]
         return SigmaSeries(lam, triplet.gap, triplet.status, None, None, Certificate(triplet, t, tuple(scaled)))
     state = Vectors([products(A_j, xp) for A_j in scaled], triplet._P0, triplet._Q0)
     resolvent = triplet._resolvent()
-    E0 = xp.astype(triplet._values[..., None, :] * eye(len(triplet._indices), triplet._values, xp), triplet._P0.dtype)
-    E = extend(state, resolvent, E0, triplet._coupled, order if vectors or cluster else order // 2, xp)
+    E = extend(state, resolvent, triplet._E0, triplet._coupled, order if vectors or cluster else order // 2, xp)
     left, right = (_vector_coefficients(triplet, w, t) if vectors else None for w in (state.P, state.Q))
     certificate = Certificate(triplet, t, tuple(scaled), tuple(getattr(resolvent, "residuals", ())))
     if cluster:
@@ -310,6 +314,14 @@ _FAST_DTYPES = (np.dtype(np.float64), np.dtype(np.complex128))
 _FAST_EPS = float(np.finfo(np.float64).eps)
 
 
+def times_factorial(x: Array, n: int, xp: Namespace) -> Array:
+    """Return n! x; raises OverflowError where that leaves the range of x, and only there."""
+    factorial = math.factorial(n)
+    bits = factorial.bit_length()
+    product = ldexp(x * (factorial / 2**bits), array(float(bits), real(x, xp), xp), xp)
+    return finite(product, f"derivative of order {n}", xp)
+
+
 def _as_family(coefficients: Any) -> list[Any]:
     """One direction, or the sequence A_1, A_2, ...; nested lists of numbers are one matrix."""
     if isinstance(coefficients, list | tuple) and coefficients:
@@ -321,15 +333,21 @@ def _as_family(coefficients: Any) -> list[Any]:
     return [coefficients]
 
 
-def scale(family: list[Any], e: Array, xp: Namespace) -> tuple[Array, list[Any]]:
-    """Exponent t (...) and A_j / 2^(e + j t), the largest of which is about one."""
-    steps = [xp.ceil((_exponent(A_j, e, xp) - e) / j) for j, A_j in enumerate(family, start=1)]
-    t = reduce(xp.maximum, steps)
+def scale(family: list[Any], e: Array, xp: Namespace, d: Array | None = None) -> tuple[Array, list[Any]]:
+    """Exponent t (...) and A_j / 2^(e + j t), the largest of which is about one, or about d where that is tiny.
+
+    Coefficient n of a series is then of the order of d at most, whatever n.
+    """
+    t = array(-math.inf, e, xp)
+    for j, A_j in enumerate(family, start=1):
+        size = array(A_j.size * abs(A_j.factor), e, xp) if isinstance(A_j, Operator) else magnitude(A_j, xp)
+        step = xp.ceil((exponent(size, xp) - e) / j)
+        t = xp.maximum(t, xp.where(size > 0, step, xp.full_like(step, -math.inf)))
+    t = xp.where(xp.isfinite(t), t, xp.zeros_like(t))
+    if d is not None:
+        bits = xp.ceil(-xp.log2(xp.astype(d, e.dtype)))
+        t = t + xp.where(bits > 8, bits, xp.zeros_like(bits))
     return t, [_scaled(A_j, e + j * t, xp) for j, A_j in enumerate(family, start=1)]
-
-
-def _exponent(A_j: Any, e: Array, xp: Namespace) -> Array:
-    return exponent(array(A_j.size, e, xp) if isinstance(A_j, Operator) else magnitude(A_j, xp), xp)
 
 
 def _scaled(A_j: Any, e: Array, xp: Namespace) -> Any:

@@ -46,7 +46,13 @@ from specpert._resolvent import (
     gram_solver,
     top_of_gram,
 )
-from specpert.result import ConvergenceError, DegenerateSingularValueError, Status, ZeroSingularValueError
+from specpert.result import (
+    ConvergenceError,
+    DegenerateSingularValueError,
+    NonFiniteError,
+    Status,
+    ZeroSingularValueError,
+)
 
 _GRAM_FROM = 64  # smaller side from which the Gram matrix beats the SVD for the top value
 METHODS = ("auto", "svd", "gram", "lanczos")
@@ -145,6 +151,12 @@ class SingularTriplet:
         identity = eye(len(self._indices), self._values, self._xp)
         return self._xp.ones_like(identity) if self._cluster else identity
 
+    @property
+    def _E0(self) -> Array:
+        """Effective matrix of order 0 (..., c, c): the values on the diagonal."""
+        identity = eye(len(self._indices), self._values, self._xp)
+        return self._xp.astype(self._values[..., None, :] * identity, self._P0.dtype)
+
     def _at(self, j: int) -> SingularTriplet:
         """The j-th of several values, with the same decomposition."""
         return _assemble(self, self._svd, self._indices[j], self._gap[..., j : j + 1])
@@ -230,21 +242,41 @@ def prepare(
 ) -> tuple[SingularTriplet, list[Any]]:
     """The triplet of A (or the one given in its place) and directions of its library, device, dtype and shape."""
     prepared = isinstance(A, SingularTriplet)
+    if prepared:
+        _check_request(A, k, cluster, gap_tol)
+    if gap_tol is not None and not 0 <= gap_tol < 1:
+        raise ValueError(f"expected 0 <= gap_tol < 1, relative to the largest singular value, got {gap_tol}")
     if is_operator(A) or any(is_operator(H) for H in directions) or (not prepared and method == "lanczos"):
+        if method in ("svd", "gram"):
+            raise ValueError(f"expected a dense array for method={method!r}, got {type(A).__name__}; convert it to one")
         return _prepare_operators(A, k, directions, names, cluster, gap_tol, v0)
+    if v0 is not None:
+        raise ValueError(
+            "expected v0 with a sparse array, an operator or method='lanczos' only; nothing else starts from it"
+        )
     if not prepared:
         xp, (A, *arrays) = as_arrays(A, *directions, names=["A", *names])
         triplet = _by_dense(A, k, gap_tol, cluster, method, xp)
     else:
         triplet, xp, arrays = A, A._xp, []
         if directions:
-            xp, arrays = as_arrays(*directions, names=names)
-            results = xp.result_type(A._dtype, real_dtype(arrays[0].dtype, xp))
-            _, (P0, *arrays) = as_arrays(A._P0, *arrays, names=["the triplet", *names])
+            xp, (P0, *arrays) = as_arrays(A._P0, *directions, names=["the triplet", *names])
+            _, raw = as_arrays(*directions, names=names)
+            results = xp.result_type(A._dtype, real_dtype(raw[0].dtype, xp))
             triplet = replace(A if P0.dtype == A._P0.dtype else _cast(A, P0.dtype), _dtype=results)
     for H, name in zip(arrays, names, strict=True):
         check_direction(H, name, triplet.shape, xp)
     return triplet, [xp.astype(H, triplet._P0.dtype, copy=False) for H in arrays]
+
+
+def _check_request(triplet: SingularTriplet, k: Any, cluster: bool, gap_tol: float | None) -> None:
+    """Raise where a prepared triplet is asked for what it does not hold; k = 0 stands for "its own"."""
+    own = list(triplet._indices)
+    asked = list(k) if isinstance(k, Sequence) else [k]
+    if asked not in ([0], own) or (cluster and not triplet._cluster):
+        raise ValueError(f"expected the k = {triplet.k} of the triplet, or none, got k = {k}; prepare another triplet")
+    if gap_tol is not None:
+        raise ValueError("expected no gap_tol beside a triplet, which is already isolated; give it to singular_triplet")
 
 
 def check_direction(H: Array, name: str, shape: tuple[int, ...], xp: Namespace) -> None:
@@ -275,7 +307,7 @@ def check_indices(k: Any, r: int, *, cluster: bool = False) -> int | tuple[int, 
     checked = []
     for i in indices:
         try:
-            i = operator.index(i)
+            i = operator.index("bool" if isinstance(i, bool) else i)  # type: ignore[arg-type]
         except TypeError:
             raise TypeError(f"expected k to be an int or a sequence of ints, got {type(i).__name__}") from None
         if not 0 <= i < r:
@@ -288,6 +320,17 @@ def check_indices(k: Any, r: int, *, cluster: bool = False) -> int | tuple[int, 
     if cluster and sorted(checked) != list(range(min(checked), max(checked) + 1)):
         raise IndexError(f"expected a cluster of consecutive indices, got k = {tuple(checked)}")
     return checked[0] if single else tuple(sorted(checked) if cluster else checked)
+
+
+def check_order(order: Any, least: int) -> int:
+    """Return order as an int, or raise."""
+    try:
+        checked = operator.index("bool" if isinstance(order, bool) else order)  # type: ignore[arg-type]
+    except TypeError:
+        checked = least - 1
+    if checked < least:
+        raise ValueError(f"expected order to be an integer >= {least}, got {order!r}")
+    return checked
 
 
 def _tuple(k: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -461,12 +504,13 @@ def _raise_if_tied(gap: Array, s: Array, group: tuple[int, ...], tol: float, xp:
     while high < len(values) - 1 and values[high] - values[high + 1] <= tol * values[0]:
         high += 1
     cluster = tuple(range(low, high + 1))
-    relative = float(gap[at]) / values[0]
+    relative = max(float(gap[at]), 0.0) / values[0]
     what = f"sigma_{group[0]}" if len(group) == 1 else f"the cluster {group}"
     raise DegenerateSingularValueError(
         f"expected {what}{_where(at)} to be isolated by more than {tol:.1e} sigma_0, got a gap of {relative:.3e} "
         f"sigma_0: the values {cluster} are tied and have no derivatives of their own; ask for the cluster with "
-        f"sigma_series(A, H, order, k={cluster}) or for the derivative of its mean with on_degenerate='cluster'",
+        f"sigma_series(A, H, order, k={cluster}) or for the derivative of its mean with on_degenerate='cluster' "
+        "(of a dense array)",
         k=group[0],
         cluster=cluster,
         gap=relative,
@@ -560,12 +604,21 @@ def _by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float |
 
 
 def _start(v0: Any, B: Operator, wide: bool) -> np.ndarray:
-    """Start vector of Lanczos on the smaller side; from a fixed seed where the caller has none."""
+    """Start vector of Lanczos on the smaller side.
+
+    A little of a random vector (of a fixed seed) is mixed into the caller's, which may lie in an invariant subspace.
+    """
     m, n = B.shape
+    start: np.ndarray = np.random.default_rng(0).standard_normal(min(m, n)).astype(B.dtype)
     if v0 is None:
-        start: np.ndarray = np.random.default_rng(0).standard_normal(min(m, n)).astype(B.dtype)
         return start
     v0 = np.asarray(v0)
     if v0.shape != (n,):
         raise ValueError(f"expected v0 of shape ({n},), a right singular vector, got {v0.shape}")
-    return (B.apply(v0[:, None])[:, 0] if wide else v0).astype(B.dtype)
+    if np.iscomplexobj(v0) and not np.issubdtype(B.dtype, np.complexfloating):
+        raise TypeError("expected a real v0 for a real matrix, got a complex one")
+    warm = B.apply(v0.astype(B.dtype)[:, None])[:, 0] if wide else v0.astype(B.dtype)
+    size = float(np.linalg.norm(warm))
+    if not 0 < size < np.inf:
+        raise NonFiniteError(f"expected v0 to be finite and not in the null space of A, got a norm of {size}")
+    return warm / size + 1e-4 * start / float(np.linalg.norm(start))

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -226,3 +227,38 @@ def test_mixed_derivative_is_symmetric_and_linear(seed, m, n, order):
     total = sigma_derivative(A, order, directions=[directions[0] + 3 * extra, *directions[1:]])
     part = sigma_derivative(A, order, directions=[extra, *directions[1:]])
     assert abs(total - value - 3 * part) <= 1e-11 * size * (1 + 3 * np.linalg.norm(extra))
+
+
+def test_complex_cluster_mean_of_order_1():
+    rng = np.random.default_rng(0)
+    C = with_spectrum(rng, 3, 4, [2.0, 2.0, 1.0], complex_=True)
+    U, _, Vh = np.linalg.svd(C)
+    found = sigma_derivative(C, 1, on_degenerate="cluster")
+    np.testing.assert_allclose(found, U[:, :2] @ Vh[:2] / 2, atol=1e-14)
+    H = rng.standard_normal((3, 4)) + 1j * rng.standard_normal((3, 4))
+    by_direction = sigma_derivative(C, 1, directions=H, on_degenerate="cluster")
+    assert math.isclose(np.vdot(found, H).real, by_direction, rel_tol=1e-12)
+    for stack in (np.stack([np.eye(2), np.diag([3.0, 1.0])]), [np.eye(2).tolist(), np.diag([3.0, 1.0]).tolist()]):
+        with pytest.raises(ValueError, match="one matrix and one k"):
+            sigma_derivative(stack, 1, directions=np.eye(2), on_degenerate="cluster")
+
+
+def test_high_orders_overflow_with_an_error_only():
+    A, H = np.diag([3.0, 1.0]), np.ones((2, 2))
+    for order, direction in [(160, 50 * H), (172, 50 * H)]:
+        with pytest.raises(OverflowError, match="range of float64"):
+            sigma_derivative(A, order, directions=direction)
+    with pytest.raises(OverflowError, match="range of float32"):
+        sigma_derivative(A.astype("f4"), 40, directions=0.9 * H.astype("f4"))
+    # sigma_0 of [[3 + x, x], [x, 1 + x]] is 2 + x + sqrt(1 + x^2); the factorial alone exceeds the floats
+    found = sigma_derivative(A, 172, directions=0.1 * H)
+    expected = mpmath.factorial(172) * mpmath.binomial(0.5, 86) * mpmath.mpf(0.1) ** 172
+    assert math.isclose(found, expected, rel_tol=1e-9)
+    assert sigma_derivative(A, np.int64(2), directions=H) == sigma_derivative(A, 2, directions=H)
+
+
+def test_big_endian_arrays():
+    A, H = np.random.default_rng(1).standard_normal((2, 3, 4))
+    assert math.isclose(
+        sigma_derivative(A.astype(">f8"), 2, directions=H.astype(">f8")), sigma_derivative(A, 2, directions=H)
+    )

@@ -1,13 +1,21 @@
 """SigmaHessian against the dense matrix; spectrum, trace and diagonal in closed form."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
 from oracles import with_spectrum
 from scipy.sparse.linalg import eigsh
 
-from specpert import SigmaHessian, sigma_derivative, sigma_hessian, singular_triplet
+from specpert import (
+    DegenerateSingularValueError,
+    NonFiniteError,
+    SigmaHessian,
+    sigma_derivative,
+    sigma_hessian,
+    singular_triplet,
+)
 
 CASES = [
     (4, 6, [3.0, 2.0, 1.0, 0.4]),
@@ -145,3 +153,31 @@ def test_bad_input():
         H.quadratic(A.T)
     with pytest.raises(TypeError, match="expected one singular value"):
         SigmaHessian(A, k=[0, 1])
+
+
+def test_factor_is_paired_with_every_matrix_of_a_stack():
+    A, F = np.stack([np.diag([2.0, 1]), np.diag([5.0, 1])]), np.random.default_rng(0).standard_normal((2, 2, 2))
+    found = SigmaHessian(A).inner(F)
+    np.testing.assert_allclose(found, [SigmaHessian(A[i]).inner(F) for i in range(2)])
+    with pytest.raises(ValueError, match=r"factor of shape \(M, m, n\)"):
+        SigmaHessian(A[0]).inner(F[0])
+
+
+def test_infinities_are_errors():
+    A, G = np.random.default_rng(1).standard_normal((2, 3, 4))
+    for call in (
+        lambda: SigmaHessian(A * 1e-310).trace(),
+        lambda: SigmaHessian(A * 1e-310).product(G),
+        lambda: SigmaHessian(A * 1e-300).quadratic(1e10 * G),
+    ):
+        with pytest.raises(OverflowError, match="float64"):
+            call()
+    with pytest.raises(NonFiniteError, match="p to be finite"):
+        SigmaHessian(A).from_projections(np.full(3, np.nan), np.zeros(4))
+
+
+def test_errors_cross_process_borders():
+    with pytest.raises(DegenerateSingularValueError) as caught:
+        SigmaHessian(np.eye(2))
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.cluster) == (str(caught.value), (0, 1))

@@ -356,3 +356,72 @@ for module in ("numba", "torch", "jax", "scipy.sparse.linalg", "pandas", "matplo
     assert module not in sys.modules, module
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+# --- what a careful reader found -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lanczos_sees_exact_ties(seed):
+    rng = np.random.default_rng(seed)
+    B = (sparse.random_array((300, 200), density=0.02, rng=rng) > 0).astype(float)
+    twice = sparse.block_diag([B, B]).tocsr()  # every value exactly double
+    diagonal = sparse.diags_array(np.r_[3, 3, 2.9, np.linspace(2.5, 0.1, 197)]).tocsr()
+    mixed = with_spectrum(rng, 100, 110, [3.0, 3.0, *np.linspace(2.6, 0.1, 98)])
+    for A in (twice, diagonal, sparse.csr_array(mixed)):
+        with pytest.raises(DegenerateSingularValueError):
+            singular_triplet(A)
+
+
+def test_warm_start_in_an_invariant_subspace():
+    rng = np.random.default_rng(0)
+    b, c = (sparse.random_array((40, 40), density=0.2, rng=rng) for _ in range(2))
+    A = sparse.block_diag([b, 2 * c]).tocsr()
+    v0 = np.r_[np.linalg.svd(b.toarray())[2][0], np.zeros(40)]
+    assert math.isclose(singular_triplet(A, v0=v0).sigma, np.linalg.norm(A.toarray(), 2), rel_tol=1e-12)
+    for bad, error in [(np.full(80, np.nan), NonFiniteError), (np.zeros(80), NonFiniteError), (v0 + 1j, TypeError)]:
+        with pytest.raises(error, match="v0"):
+            singular_triplet(A, v0=bad)
+
+
+def test_rank_one_and_bad_adjoints():
+    A = sparse.csr_array(np.outer(np.r_[1.0, np.zeros(59)], np.ones(90)))
+    triplet = singular_triplet(A)
+    assert math.isclose(triplet.sigma, math.sqrt(90), rel_tol=1e-12)
+    assert math.isclose(triplet.gap, math.sqrt(90), rel_tol=1e-9)
+    wrong = LinearOperator((60, 90), matvec=lambda x: A @ x, rmatvec=lambda y: np.full(90, np.nan), dtype=float)
+    with pytest.raises((ConvergenceError, NonFiniteError)):
+        singular_triplet(wrong)
+
+
+def test_lanczos_hessian_forms_of_many_directions():
+    rng = np.random.default_rng(1)
+    A, G = rng.standard_normal((50, 60)), rng.standard_normal((3, 50, 60))
+    lanczos, svd = SigmaHessian(singular_triplet(sparse.csr_array(A))), SigmaHessian(A)
+    np.testing.assert_allclose(lanczos.quadratic(G), svd.quadratic(G), rtol=1e-8)
+    np.testing.assert_allclose(lanczos @ G, svd @ G, atol=1e-8)
+    B = A[:33, :34]
+    np.testing.assert_allclose(sigma_derivative(sparse.csr_array(B), 2), sigma_derivative(B, 2), atol=1e-8)
+
+
+def test_a_triplet_is_not_asked_for_what_it_does_not_hold():
+    A, H = pair((5, 6))
+    triplet = singular_triplet(A, k=1)
+    for call in (
+        lambda: sigma_series(triplet, H, 2, k=2),
+        lambda: sigma_derivative(triplet, 1, k=3, directions=H),
+        lambda: sigma_series(singular_triplet(A, k=[0, 1]), H, 2, k=(0, 1)),
+        lambda: sigma_derivative(triplet, 1, directions=H, gap_tol=0.1),
+    ):
+        with pytest.raises(ValueError, match="triplet"):
+            call()
+    assert sigma_derivative(triplet, 2, k=1, directions=H) == pytest.approx(sigma_derivative(A, 2, k=1, directions=H))
+    with pytest.raises(ValueError, match="v0 with a sparse array"):
+        singular_triplet(A, v0=A[0])
+    with pytest.raises(ValueError, match="dense array for method='svd'"):
+        singular_triplet(sparse.csr_array(A), method="svd")
+    for gap_tol in (-1, np.nan, np.inf):
+        with pytest.raises(ValueError, match="0 <= gap_tol < 1"):
+            singular_triplet(A, gap_tol=gap_tol)
+    with pytest.raises(TypeError, match="same array library"):
+        sigma_series(triplet, torch.as_tensor(H), 2)

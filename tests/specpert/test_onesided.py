@@ -152,3 +152,17 @@ def test_kato_temple_is_never_violated(case):
     e = kato_temple(A, H, k=k, order=min(order, 2))
     values = np.linalg.svd(A + H, compute_uv=False)
     assert abs(values[k] - e.value) <= e.bound + 1e-14 * max(A.shape) * values[0]
+
+
+def test_sizes_far_apart():
+    A, H = np.diag([2e-200, 1e-200]), np.diag([1e200, 5e200])
+    found = one_sided_derivatives(A, H)
+    assert found.cluster == (0,)
+    assert math.isclose(found.value, 2e-200)
+    np.testing.assert_allclose(found.derivatives, [1e200])
+    for M, D in [(np.diag([2.0, 1]), 1e160 * np.ones((2, 2))), (A, H)]:
+        e = kato_temple(M, D)
+        truth = np.linalg.norm(M + D, 2)
+        assert abs(truth - e.value) <= e.bound
+    f32 = kato_temple(np.random.default_rng(0).standard_normal((70, 80)).astype("f4"), np.zeros((70, 80), "f4"))
+    assert f32.value.dtype == f32.bound.dtype == np.float32

@@ -307,3 +307,46 @@ def test_cluster_mean_is_the_mean_of_its_values(seed, m, n):
     separate = sigma_series(A, H, 5, k=[0, 1, 2])
     cluster = sigma_series(A, H, 5, k=(0, 1, 2))
     assert_same_series(cluster.mean, separate.coefficients.mean(axis=0), separate.gap.min())
+
+
+def test_a_zero_coefficient_changes_nothing():
+    A, H, Z = np.diag([2e-200, 1e-200]), 1e-200 * np.ones((2, 2)), np.zeros((2, 2))
+    expected = sigma_series(A, H, 8)
+    found = sigma_series(A, [H, Z, Z], 8)
+    np.testing.assert_allclose(found.coefficients, expected.coefficients, rtol=1e-12, atol=1e-212)
+    assert math.isclose(found.radius, expected.radius, rel_tol=1e-9)
+
+
+def test_tiny_gaps_and_high_orders_do_not_overflow():
+    A, H = np.diag([1 + 1e-9, 1.0, 0.5]), 1e-10 * np.ones((3, 3))
+    series = sigma_series(A, H, 40)
+    x = series.radius / 2
+    assert abs(np.linalg.norm(A + x * H, 2) - series(x)) <= series.remainder(x)
+    single = sigma_series(np.diag([1.0001, 1, 0.5]).astype("f4"), (1e-5 * np.ones((3, 3))).astype("f4"), 12)
+    assert np.isfinite(single.coefficients).all()
+    sigma_series(np.diag([1e-3, 2e-4]), 2e3 * np.array([[1, 2], [3, 4.0]]), 30)  # without a warning
+
+
+def test_arguments_keep_the_precision_of_the_series():
+    import torch
+
+    A, H = torch.diag(torch.tensor([3.0, 1.0])).double(), torch.ones(2, 2).double()
+    series = sigma_series(A, H, 8)
+    x = torch.tensor([1e-3])
+    assert series(x).dtype == torch.float64
+    truth = torch.linalg.matrix_norm(A + float(x[0]) * H, 2)
+    assert abs(float(series(x)[0] - truth)) <= float(series.remainder(x)[0])
+    with pytest.raises(TypeError, match="x to be real"):
+        series(torch.tensor([1j]))
+    with pytest.raises(TypeError, match="x to be a real number"):
+        sigma_series(A, H, 2, k=(0, 1)).values(x)
+
+
+def test_arguments_of_a_stack_with_several_k():
+    A, H = np.random.default_rng(2).standard_normal((2, 2, 4, 5))
+    series = sigma_series(A, H, 4, k=[0, 1])
+    x = np.array([1e-3, 2e-3])
+    for i in range(2):
+        one = sigma_series(A[i], H[i], 4, k=[0, 1])
+        np.testing.assert_allclose(series(x)[i], one(x[i]), rtol=1e-13)
+        np.testing.assert_allclose(series.remainder(x)[i], one.remainder(x[i]), rtol=1e-6)
