@@ -9,6 +9,7 @@ import numpy as np
 
 from lipdyn_torch.experiments import training
 from lipdyn_torch.experiments.data import load
+from lipdyn_torch.experiments.frames import groups, records
 from lipdyn_torch.experiments.models import make_model, note
 from lipdyn_torch.experiments.registry import (
     CONFIRMED,
@@ -65,7 +66,7 @@ def _run(point: Point, context: Context) -> list[Row]:
     run = training.train(model, images, plan)
     loss = training.moving_average(run.losses, context["window"])
     columns = ["step", "layer", "lr", "z", *FORCES, *PARTS, "eps"]
-    rows: list[Row] = run.frame[columns].to_dict("records")
+    rows: list[Row] = records(run.frame[columns])
     for row in rows:
         if row["layer"] == training.NETWORK:
             row["loss"] = loss[row["step"]]
@@ -85,13 +86,16 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
         increments = network["weight"] * network[name]
         total, tail = increments.sum(), increments[last_third].sum()
         lines.append([name, total, tail, 100 * tail / total if total else math.nan, float(network[name].iloc[-1])])
-    note_1 = f"Time is the sum of learning rates; the tail is the last third. log K went from {network['z'].iloc[0]:.3f} to {network['z'].iloc[-1]:.3f}."
+    note_1 = (
+        "Time is the sum of learning rates; the tail is the last third. "
+        f"log K went from {network['z'].iloc[0]:.3f} to {network['z'].iloc[-1]:.3f}."
+    )
     first = Table(
         "Integrals over the run, network", ["force", "integral", "tail", "tail, %", "at the end"], lines, note_1
     )
     layers = [
         [layer, *((part["weight"] * part[name]).sum() for name in (*FORCES, *PARTS))]
-        for layer, part in frame.groupby("layer", sort=False)
+        for layer, part in groups(frame, "layer", sort=False)
         if layer != training.NETWORK
     ]
     second = Table("Integrals over the run, by layer", ["layer", *FORCES, *PARTS], layers)
@@ -133,7 +137,8 @@ def _claims(network: pd.DataFrame, tail: pd.Series, fit: dict[str, float], frame
         Claim(
             "near convergence K grows without bound, through kappa",
             f"kappa falls like step^{power:.2f} and loss^{fit['kappa as a power of the loss']:.2f}; its integral is "
-            f"{kappa:.2e}, {100 * share:.1f} % of it from the last third; the integral of mu is {ratio:.0f} times as large",
+            f"{kappa:.2e}, {100 * share:.1f} % of it from the last third; the integral of mu is "
+            f"{ratio:.0f} times as large",
             CONTRADICTED if bounded and ratio > 1 else NOT_DECIDED if ratio > 1 else CONFIRMED,
         ),
         Claim(
@@ -148,7 +153,7 @@ def _claims(network: pd.DataFrame, tail: pd.Series, fit: dict[str, float], frame
 def _figure(frame: pd.DataFrame, context: Context) -> Figure:
     from matplotlib.figure import Figure
 
-    from lipdyn_torch.experiments.figures import BLACK, BLUE, LAYER_STYLES, VERMILION, style
+    from lipdyn_torch.experiments.figures import BLACK, BLUE, LINES, VERMILION, style
 
     window = max(1, context["window"] // context["every"])
     network = training.network(frame)
@@ -164,7 +169,7 @@ def _figure(frame: pd.DataFrame, context: Context) -> Figure:
         names = [n for n in frame["layer"].unique() if n != training.NETWORK]
         titles = {"mu": "drift $\\mu$", "kappa": "noise curvature $\\kappa$", "lambda_sq": "noise $\\lambda^2$"}
         for axes, (column, title) in zip((panels[0, 0], panels[0, 1], panels[1, 0]), titles.items(), strict=True):
-            for name, (color, dash) in zip(names, LAYER_STYLES, strict=False):
+            for name, (color, dash) in zip(names, LINES, strict=False):
                 draw(axes, frame[frame["layer"] == name], column, color=color, linestyle=dash, label=name)
             draw(axes, network, column, color=BLACK, linewidth=2.2, alpha=0.4, label="network")
             axes.set(title=f"{title} per unit time")

@@ -186,7 +186,7 @@ def _normalise(
     square = np.array([np.square(channel, dtype=np.int64).sum() for channel in np.moveaxis(train_x, 1, 0)]) / pixels
     centre, scale = (torch.from_numpy(a / 255).float() for a in (mean, np.sqrt(square - mean**2)))
     images = [
-        torch.from_numpy(x).float().div_(255).sub_(centre[:, None, None]).div_(scale[:, None, None])
+        torch.from_numpy(x.astype(np.float32)).div_(255).sub_(centre[:, None, None]).div_(scale[:, None, None])
         for x in (train_x, test_x)
     ]
     labels = [torch.from_numpy(y.astype(np.int64)) for y in (train_y, test_y)]
@@ -199,7 +199,7 @@ def _read_mnist(source: _Source, files: dict[str, Path]) -> list[tuple[NDArray[n
         x, y = read_idx(files[images]), read_idx(files[labels])
         if x.ndim != 3 or x.shape[1:] != (28, 28) or y.ndim != 1:
             raise DataError(
-                f"expected images of 28 x 28 and a list of labels, got shapes {x.shape} and {y.shape}; are they swapped?"
+                f"expected images of 28 x 28 and a list of labels, got shapes {x.shape} and {y.shape}; swapped?"
             )
         out.append((x[:, None], y))
     return out

@@ -1,4 +1,4 @@
-"""Largest singular value of random layers: the asymptotic law, its finite-size correction, and convolutions as operators."""
+"""Largest singular value of random layers: the law for large ones, its correction, and convolutions as operators."""
 
 from __future__ import annotations
 
@@ -144,8 +144,9 @@ def _run(point: Point, context: Context) -> list[Row]:
             "stride": stride,
         }
         matrix = weight.flatten(1)
+        m, n = matrix.shape
         row |= {"kind": "matrix", "sigma": float(torch.linalg.matrix_norm(matrix, 2))}
-        rows.append(row | {"limit": limit(*matrix.shape, s), "corrected": corrected(*matrix.shape, s)})
+        rows.append(row | {"limit": limit(m, n, s), "corrected": corrected(m, n, s)})
         if len(shape) == 4 and sample < max(2, context["samples"] // 10):  # an operator takes a second each
             row |= {"kind": "operator", "sigma": operator_norm(weight, context["image"], stride)}
             # Known for stride 1 only; a stride of 2 folds the frequencies.

@@ -1,7 +1,7 @@
 """Corrupted labels: the covariance of the gradient against the paper's (1 - eps)^2 and against the exact mixture.
 
-With probability eps a label is drawn anew from all classes. Over samples and labels, with g0, S0 mean and covariance of the
-per-sample gradients with clean labels and gu, Su those with uniform labels (theory 4),
+With probability eps a label is drawn anew from all classes. Over samples and labels, with g0, S0 mean and
+covariance of the per-sample gradients with clean labels and gu, Su those with uniform labels (theory 4),
 ``S_eps = (1 - eps) S0 + eps Su + eps (1 - eps) (g0 - gu)(g0 - gu)^T``.
 Only traces and the pairing with J are needed; both come from products of activations, never from a gradient per sample.
 """
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lipdyn_torch._bridge import read_spectrum
 from lipdyn_torch.experiments import training
 from lipdyn_torch.experiments.data import Images, load
+from lipdyn_torch.experiments.frames import groups, records
 from lipdyn_torch.experiments.models import make_model, note
 from lipdyn_torch.experiments.registry import (
     CONFIRMED,
@@ -92,10 +92,10 @@ def moments(model: nn.Module, x: Tensor, y: Tensor) -> Moments:
     mean, square, scores = [], 0.0, torch.zeros(len(x), dtype=torch.float64)
     for layer, (given, _), delta in zip(layers, caught, deltas, strict=True):
         a, d = given.detach().double(), delta.double()
-        spectrum = read_spectrum(layer.weight.detach().double())
+        sigma, u, v = training.top_triplet(layer.weight.detach().double())
         mean.append(d.T @ a / len(x))
         square += float((a.square().sum(1) * d.square().sum(1)).mean())
-        scores += (d @ spectrum.u) * (a @ spectrum.v) / spectrum.sigma
+        scores += (d @ u) * (a @ v) / sigma
     return Moments(mean, square, scores)
 
 
@@ -170,9 +170,7 @@ def _own_path(images: Images, eps: float, context: Context) -> list[Row]:
     model = make_model("mlp", images, context.seed)
     plan = training.Plan(context["steps"], context["batch"], context["lr"], seed=context.seed, every=context["every"])
     network = training.network(training.train(model, noisy, plan).frame)
-    return [
-        {"eps": eps, "at": "path", **row} for row in network[["step", "z", "lambda_sq", "kappa"]].to_dict("records")
-    ]
+    return [{"eps": eps, "at": "path", **row} for row in records(network[["step", "z", "lambda_sq", "kappa"]])]
 
 
 def _summarise(rows: list[Row], context: Context) -> Summary:
@@ -206,11 +204,11 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
         "Covariance of the gradient relative to clean labels",
         columns,
         lines,
-        f"At the trained weights the mean gradient of uniform labels is {ratio:.1f} times as long as that of the clean ones.",
+        f"At the trained weights the mean gradient of uniform labels is {ratio:.1f} times that of the clean ones.",
     )
     grouped = []
     clean = path[path["eps"] == min(context["eps"])]
-    for eps, part in path.groupby("eps"):
+    for eps, part in groups(path, "eps"):
         late = part["step"] >= context["steps"] / 2
         reference = clean["lambda_sq"][clean["step"] >= context["steps"] / 2].mean()
         grouped.append(
@@ -244,17 +242,17 @@ def _claims(lines: list[list]) -> list[Claim]:
 def _figure(lines: list[list], path: pd.DataFrame) -> Figure:
     from matplotlib.figure import Figure
 
-    from lipdyn_torch.experiments.figures import BLACK, BLUE, LAYER_STYLES, VERMILION, style
+    from lipdyn_torch.experiments.figures import BLACK, BLUE, LINES, VERMILION, style
 
     with style():
         figure = Figure(figsize=(7.0, 2.8), layout="constrained")
         panels = figure.subplots(1, 3)
         for axes, at in zip(panels, ("start", "trained"), strict=False):
-            part = [line for line in lines if line[0] == at]
-            eps = [line[1] for line in part]
-            axes.plot(eps, [line[2] for line in part], "o", color=BLACK, markersize=4, label="observed")
-            axes.plot(eps, [line[3] for line in part], "-", color=BLUE, label="exact mixture")
-            axes.plot(eps, [line[6] for line in part], "--", color=VERMILION, label="claim $(1-\\epsilon)^2$")
+            chosen = [line for line in lines if line[0] == at]
+            shares = [line[1] for line in chosen]
+            axes.plot(shares, [line[2] for line in chosen], "o", color=BLACK, markersize=4, label="observed")
+            axes.plot(shares, [line[3] for line in chosen], "-", color=BLUE, label="exact mixture")
+            axes.plot(shares, [line[6] for line in chosen], "--", color=VERMILION, label="claim $(1-\\epsilon)^2$")
             axes.set(
                 xlabel="share of corrupted labels $\\epsilon$",
                 title=f"tr $\\Sigma$ over clean, {at} weights",
@@ -262,7 +260,7 @@ def _figure(lines: list[list], path: pd.DataFrame) -> Figure:
             )
             axes.set_ylim(0.03, None)
             axes.legend()
-        for (eps, part), (color, dash) in zip(path.groupby("eps"), LAYER_STYLES, strict=False):
+        for (eps, part), (color, dash) in zip(groups(path, "eps"), LINES, strict=False):
             mean = part["lambda_sq"].rolling(5, min_periods=1).mean()
             panels[2].semilogy(part["step"], mean, color=color, linestyle=dash, label=f"{eps:g}")
         panels[2].set(xlabel="optimiser step", title="$\\lambda^2$ per unit time along the path")

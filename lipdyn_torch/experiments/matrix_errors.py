@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lipdyn_torch.experiments.frames import groups
 from lipdyn_torch.experiments.matrices import DISTRIBUTIONS, autograd, draw
 from lipdyn_torch.experiments.registry import (
     CONFIRMED,
@@ -154,7 +155,7 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
     hessian["relative"] = hessian["error"] / hessian["largest"]
     lines = [
         [str(k), len(part), *(part[c].agg(a) for c in ("error", "relative") for a in ("median", "max"))]
-        for k, part in hessian.groupby("k")
+        for k, part in groups(hessian, "k")
     ]
     columns = ["k", "Hessians", "median", "largest", "median, relative", "largest, relative"]
     first = Table("Error of the Hessian: largest entry-wise difference from autograd", columns, lines)
@@ -167,7 +168,7 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
             part["published_error"].median(),
             part["published_error"].min(),
         ]
-        for n, part in series.groupby("order")
+        for n, part in groups(series, "order")
     ]
     columns = ["order", "cases", "ours, median", "ours, largest", "published, median", "published, smallest"]
     note = "Directional derivatives against mpmath; relative errors."
@@ -201,8 +202,8 @@ def _figure(hessian, series) -> Figure:  # type: ignore[no-untyped-def]
     with style():
         figure = Figure(figsize=(7.0, 2.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        groups = [part["relative"].to_numpy() for _, part in hessian.groupby("k")]
-        left.boxplot(groups, whis=(0, 100), medianprops={"color": VERMILION})
+        errors = [part["relative"].to_numpy() for _, part in groups(hessian, "k")]
+        left.boxplot(errors, whis=(0, 100), medianprops={"color": VERMILION})
         left.set(
             yscale="log",
             xlabel="k",

@@ -112,7 +112,7 @@ def make_model(kind: str, images: Images, seed: int, **options: object) -> ConvN
     kinds: dict[str, type] = {"convnet": ConvNet, "mlp": MLP}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kinds[kind](images.channels, images.size, images.classes, **options)  # type: ignore[no-any-return]
+        return kinds[kind](images.channels, images.size, images.classes, **options)
 
 
 def note(kind: str, images: Images) -> str:

@@ -1,8 +1,9 @@
-"""Gradients scaled by sqrt(rho) plus sqrt(1 - rho) noise: growth of K against the paper's eq. 26 and against rescaled time.
+"""Gradients scaled by sqrt(rho) plus sqrt(1 - rho) noise: growth of K against eq. 26 and against rescaled time.
 
 Eq. 26 multiplies the drift's integral by sqrt(rho) and that of the noise by rho, along the path of rho = 1. But
-scaling the gradient is a smaller learning rate, which makes the same path slower: ``K_rho(step) = K_1(sqrt(rho) step)``.
-And the added noise has a curvature term ``s^2 tr H``, which eq. 26 leaves out (theory 4).
+scaling the gradient is a smaller learning rate, which makes the same path slower:
+``K_rho(step) = K_1(sqrt(rho) step)``. And the added noise has a curvature term ``s^2 tr H``, which eq. 26 leaves out
+(theory 4).
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from lipdyn_torch.experiments.registry import (
     Summary,
     Table,
 )
-from lipdyn_torch.layers import find_rule
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,20 +127,13 @@ def _draw(noise: str, like: torch.Tensor, generator: torch.Generator) -> torch.T
 
 
 def _log_growth_of_noise(model: nn.Module, variance: float, lr: float) -> float:
-    """What white noise of that variance adds to log K in the first step, ``sum lr^2 s^2 (tr H / sigma - 1/sigma^2) / 2``."""
+    """What white noise adds to log K in the first step, ``sum lr^2 s^2 (tr H / sigma - 1/sigma^2) / 2``."""
     total = 0.0
-    for module in model.modules():
-        rule = find_rule(module)
-        if rule is not None:
-            matrix = rule.matrix(module)
-            values = torch.linalg.svdvals(matrix)
-            sigma = float(values[0])
-            total += (
-                lr**2
-                * variance
-                / 2
-                * (hessian_trace(values, (matrix.shape[0], matrix.shape[1])) / sigma - 1 / sigma**2)
-            )
+    for matrix in training.weight_matrices(model).values():
+        values = torch.linalg.svdvals(matrix)
+        sigma = float(values[0])
+        trace = hessian_trace(values, (matrix.shape[0], matrix.shape[1]))
+        total += lr**2 * variance / 2 * (trace / sigma - 1 / sigma**2)
     return total
 
 
@@ -208,12 +201,14 @@ def _claims(lines: list[list]) -> list[Claim]:
         ),
         Claim(
             "noisy gradients slow the growth of K",
-            f"with N(0, 1) noise and rho = {noisy[1]:g} log K grows by {noisy[3]:.2f}, without noise by {reference[3]:.2f}",
+            f"with N(0, 1) noise and rho = {noisy[1]:g} log K grows by {noisy[3]:.2f}, "
+            f"without noise by {reference[3]:.2f}",
             CONTRADICTED if noisy[3] > reference[3] else CONFIRMED,
         ),
         Claim(
             "the curvature term of the added noise can be left out",
-            f"s^2 tr H predicts the first step's growth within {100 * agreement:.0f} %: up to {max(line[7] for line in steps):.3f} of log K per step",
+            f"s^2 tr H predicts the first step's growth within {100 * agreement:.0f} %: "
+            f"up to {max(line[7] for line in steps):.3f} of log K per step",
             CONTRADICTED if max(line[7] for line in steps) > 0.01 and agreement < 0.5 else WITHIN_LIMITS,
         ),
     ]
@@ -222,14 +217,14 @@ def _claims(lines: list[list]) -> list[Claim]:
 def _figure(curves: dict[tuple[str, float], pd.DataFrame], context: Context) -> Figure:
     from matplotlib.figure import Figure
 
-    from lipdyn_torch.experiments.figures import BLACK, LAYER_STYLES, style
+    from lipdyn_torch.experiments.figures import BLACK, LINES, style
 
     with style():
         figure = Figure(figsize=(7.0, 4.8), layout="constrained")
         panels = figure.subplots(2, 2)
         titles = {"none": "gradient scaled, no noise", "normal": "noise N(0, 1)", "uniform": "noise U[-0.5, 0.5]"}
         for axes, noise in zip((panels[0, 0], panels[1, 0], panels[1, 1]), NOISES, strict=True):
-            for rho, (color, dash) in zip(context["rho"], LAYER_STYLES, strict=False):
+            for rho, (color, dash) in zip(context["rho"], LINES, strict=False):
                 run = curves.get((noise, rho), curves.get(("normal", rho) if rho == 1 else (noise, rho)))
                 if run is not None:
                     axes.plot(
@@ -246,7 +241,7 @@ def _figure(curves: dict[tuple[str, float], pd.DataFrame], context: Context) -> 
             )
             axes.legend()
         axes = panels[0, 1]
-        for rho, (color, dash) in zip(context["rho"], LAYER_STYLES, strict=False):
+        for rho, (color, dash) in zip(context["rho"], LINES, strict=False):
             run = curves[("none", rho)]
             axes.plot(
                 math.sqrt(rho) * run["step"],

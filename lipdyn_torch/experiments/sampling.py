@@ -1,4 +1,4 @@
-"""Spread of log K over mini-batch orders, and its dependence on the batch size: independent batches and shuffled epochs.
+"""Spread of log K over mini-batch orders and batch sizes, with independent batches and with shuffled epochs.
 
 With independent batches the variance of Z = log K grows as the paper has it. With shuffled epochs, as every ordinary
 data loader draws them, the noise of an epoch sums to zero and the variance is that of a bridge (theory 2.10).
@@ -15,6 +15,7 @@ from lipdyn_torch.dynamics import bridge_variance, diffusion_variance
 from lipdyn_torch.experiments import training
 from lipdyn_torch.experiments.convergence import power_law
 from lipdyn_torch.experiments.data import Images, load
+from lipdyn_torch.experiments.frames import groups
 from lipdyn_torch.experiments.models import make_model, note
 from lipdyn_torch.experiments.registry import (
     CONFIRMED,
@@ -90,7 +91,7 @@ def _measure(context: Context, images: Images, sampling: str, batch: int, order:
     for step, z in curve.items():
         row: Row = {"sampling": sampling, "batch": batch, "order": order, "step": step, "z": z}
         if step in measured.index:
-            row |= {name: float(measured.loc[step, name]) for name in ("lr", "lambda_sq", "kappa", "mu")}
+            row |= {name: float(measured[name].loc[step]) for name in ("lr", "lambda_sq", "kappa", "mu")}
         rows.append(row)
     return rows
 
@@ -143,9 +144,9 @@ def _trajectory_summary(rows: list[Row], context: Context) -> Summary:
     frame = pd.DataFrame(rows)
     samples = len(_images(context).train_x)
     epoch = samples // context["batch"]
-    ends = [s for s in range(epoch, context["steps"] + 1, epoch)] or [context["steps"]]
+    ends = list(range(epoch, context["steps"] + 1, epoch)) or [context["steps"]]
     middle = [max(1, e - epoch // 2) for e in ends]
-    sd = {}
+    sd: dict[str, tuple[np.ndarray, ...]] = {}
     for sampling in SAMPLINGS:
         part = frame[frame["sampling"] == sampling]
         observed = np.sqrt(_spread(part))
@@ -211,14 +212,14 @@ def _trajectory_claims(lines: list[list], frame: pd.DataFrame) -> list[Claim]:
 def _trajectory_figure(frame: pd.DataFrame, sd: dict[str, tuple[np.ndarray, ...]], epoch: int) -> Figure:
     from matplotlib.figure import Figure
 
-    from lipdyn_torch.experiments.figures import BLACK, BLUE, LAYER_STYLES, VERMILION, style
+    from lipdyn_torch.experiments.figures import BLACK, BLUE, LINES, VERMILION, style
 
     with style():
         figure = Figure(figsize=(7.0, 4.6), layout="constrained")
         panels = figure.subplots(2, 2, sharex=True)
         for column, (sampling, (observed, paper, bridge)) in enumerate(sd.items()):
             part = frame[frame["sampling"] == sampling]
-            for (order, run), (color, dash) in zip(part.groupby("order"), LAYER_STYLES * 10, strict=False):
+            for (order, run), (color, dash) in zip(groups(part, "order"), LINES * 10, strict=False):
                 panels[0, column].plot(run["step"], run["z"], color=color, linestyle=dash, label=f"order {order + 1}")
             panels[0, column].set(
                 title=f"{SAMPLINGS[sampling]}: {part['order'].nunique()} orders", ylabel="log K (nats)"
@@ -280,7 +281,7 @@ def _batch_summary(rows: list[Row], context: Context) -> Summary:
     }
     # Relative error of one variance is sqrt(2 / (R - 1)); the slope's follows from the spread of log M.
     spread = np.std(np.log([line[0] for line in lines])) * math.sqrt(len(lines))
-    error = math.sqrt(2 / (context["replicates"] - 1)) / spread
+    error = float(math.sqrt(2 / (context["replicates"] - 1)) / spread)
     powers = Table(
         "Power of M",
         ["what", "exponent", "+-", "paper"],
@@ -289,7 +290,7 @@ def _batch_summary(rows: list[Row], context: Context) -> Summary:
             ["Var Z, shuffled", float(power["shuffle"]), error, -1.0],
             ["kappa", float(power["kappa"]), "", -1.0],
         ],
-        f"{context['replicates']} replicates; Var Z is the mean over the measured steps of a run of {context['steps']}.",
+        f"{context['replicates']} replicates; Var Z is the mean over the measured steps of {context['steps']}.",
     )
     table = Table("Noise by batch size: constant columns mean 1/M", columns, lines)
     notes = [text for text in [note(context["model"], load(context.data, context.root))] if text]

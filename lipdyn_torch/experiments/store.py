@@ -62,9 +62,8 @@ class RunFolder:
         self.finished: dict[str, list[Row]] = {}
         self.set_aside: Path | None = None
         config = json.loads(json.dumps(json_ready(config)))
-        if overwrite:
-            self._clear()
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        cleared = overwrite and self._clear()
+        if not cleared and path.exists() and (not path.is_dir() or any(path.iterdir())):
             self._check(config)
         else:
             path.mkdir(parents=True, exist_ok=True)
@@ -94,11 +93,14 @@ class RunFolder:
         """All rows of these points, in their order, whatever the order in which they were finished."""
         return [{"point": point, **row} for point in points for row in self.finished[point]]
 
-    def _clear(self) -> None:
-        if self.path.is_dir():
-            for pattern in _MADE_HERE:
-                for file in self.path.glob(pattern):
-                    file.unlink()
+    def _clear(self) -> bool:
+        """Remove what a run makes, and only that; False if this is no run folder."""
+        if not (self.path / CONFIG).is_file():
+            return False
+        for pattern in _MADE_HERE:
+            for file in self.path.glob(pattern):
+                file.unlink()
+        return True
 
     def _check(self, config: dict[str, Any]) -> None:
         advice = "choose another --out or add --overwrite"

@@ -1,4 +1,4 @@
-"""What the validation costs: plain steps, monitored steps, and per-sample gradients written the obvious way, interleaved."""
+"""What the validation costs: plain and monitored steps, and per-sample gradients written the obvious way."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["EXPERIMENTS"]
 
 PAPER_GPU_HOURS = 570  # as the paper reports for all its experiments
 VALIDATION_STEPS = 39_000
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"rounds": 10, "steps": 10, "per_sample_steps": 1, "batch": 64, "lr": 0.01, "shape": None},
     "paper": {"rounds": 10, "steps": 10, "per_sample_steps": 1, "batch": 256, "lr": 0.01, "shape": [3, 32, 32]},
 }
@@ -83,7 +83,7 @@ def _run(point: Point, context: Context) -> list[Row]:
     return rows
 
 
-def _stepper(name: str, images: Images, context: Context) -> Callable[[], None]:
+def _stepper(name: str, images: Images, context: Context) -> Callable[[], object]:
     model = make_model("convnet", images, context.seed).to(context.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=context["lr"])
     if name == "per sample":
@@ -163,13 +163,14 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
             f"{runs} runs of {VALIDATION_STEPS} steps, hours",
         ],
         lines,
-        f"Pixels: {rows[0]['data']}. Interleaved in one process. The paper reports {PAPER_GPU_HOURS}+ GPU hours for its experiments.",
+        f"Pixels: {rows[0]['data']}. Interleaved in one process. "
+        f"The paper reports {PAPER_GPU_HOURS}+ GPU hours for its experiments.",
     )
     ratio = medians["per sample"] / medians["monitor"]
     notes = [
-        f"The validation, {runs} runs of {VALIDATION_STEPS} steps measured at every step, takes {lines[1][4]:.0f} hours here "
-        f"at batch {context['batch']} ({where}, the full gradient not counted); with per-sample gradients written the "
-        f"obvious way {lines[3][4]:.0f} hours, {ratio:.1f} times as long."
+        f"The validation, {runs} runs of {VALIDATION_STEPS} steps measured at every step, takes {lines[1][4]:.1f} hours "
+        f"here at batch {context['batch']} ({where}, the full gradient not counted); with per-sample gradients written "
+        f"the obvious way {lines[3][4]:.1f} hours, {ratio:.1f} times as long."
     ]
     return Summary([table], {"timing": _figure(frame)}, notes=notes)
 

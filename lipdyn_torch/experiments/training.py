@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lipdyn_torch._bridge import read_spectrum
 from lipdyn_torch.experiments.data import Images
 from lipdyn_torch.experiments.regularisers import PLAIN, Regulariser
 from lipdyn_torch.history import NETWORK
-from lipdyn_torch.layers import find_rule
 from lipdyn_torch.monitor import LipschitzMonitor
 
 if TYPE_CHECKING:
@@ -112,14 +110,13 @@ def train(
             sampling=plan.sampling,
             dataset_size=len(images.train_x),
         )
-    losses, full_mu = [], []
+    losses: list[float] = []
+    full_mu: list[float] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed + 1)  # augmentation, dropout
         for step, chosen in enumerate(batch_indices(len(images.train_x), plan)):
             if plan.full_every:
-                full_mu.append(
-                    _full_mu(twin, images, regulariser, plan.seed) if step % plan.full_every == 0 else full_mu[-1]
-                )
+                full_mu.append(_full_mu(twin, images, regulariser) if step % plan.full_every == 0 else full_mu[-1])
             x, y = images.train_x[chosen], images.train_y[chosen]
             optimizer.zero_grad()
             loss = regulariser.loss(model, twin, x, y, images)
@@ -147,7 +144,7 @@ def log_k(model: nn.Module) -> float:
     3.0
     """
     total = 0.0
-    for matrix in _matrices(model).values():
+    for matrix in weight_matrices(model).values():
         gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
         total += 0.5 * math.log(float(torch.linalg.eigvalsh(gram)[-1]))
     return total
@@ -184,26 +181,40 @@ def _twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _matrices(model: nn.Module) -> dict[str, Tensor]:
-    rules = {name: (module, find_rule(module)) for name, module in model.named_modules()}
-    return {name: rule.matrix(module) for name, (module, rule) in rules.items() if rule is not None}
+def weight_matrices(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of the linear layers and convolutions as float64 matrices, kernels reshaped (theory 3.1)."""
+    kinds = (nn.Linear, nn.Conv2d)
+    return {n: m.weight.detach().double().flatten(1) for n, m in model.named_modules() if isinstance(m, kinds)}
 
 
-def _full_mu(twin: nn.Module, images: Images, regulariser: Regulariser, seed: int) -> float:
+def top_triplet(matrix: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Largest singular value with its vectors (u, v), from the Gram matrix of the smaller side.
+
+    Examples
+    --------
+    >>> sigma, u, v = top_triplet(torch.tensor([[0.0, 3.0, 0.0], [1.0, 0.0, 0.0]], dtype=torch.float64))
+    >>> round(sigma, 12), round(float(u[0] * v[1]), 12)
+    (3.0, 1.0)
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        sigma, v, u = top_triplet(matrix.T)
+        return sigma, u, v
+    u = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -1]
+    back = matrix.T @ u
+    sigma = float(torch.linalg.vector_norm(back))
+    return sigma, u, back / sigma
+
+
+def _full_mu(twin: nn.Module, images: Images, regulariser: Regulariser) -> float:
     """Drift of log K by the gradient of the whole training set: ``sum_l -<J, gbar>/sigma - decay`` (theory 2.7)."""
     twin.zero_grad()
     samples = len(images.train_x)
     for x, y in zip(images.train_x.split(512), images.train_y.split(512), strict=True):
         (regulariser.loss(twin, twin, x, y, images) * (len(x) / samples)).backward()
     total = 0.0
-    for module in twin.modules():
-        rule = find_rule(module)
-        if rule is None:
-            continue
-        spectrum = read_spectrum(rule.matrix(module))
-        if spectrum.triplet is None:
-            return math.nan
-        gradient = rule.weight_matrix(module, module.weight.grad)  # type: ignore[arg-type]
-        total += -float(spectrum.u @ gradient @ spectrum.v) / spectrum.sigma - regulariser.weight_decay
+    for name, matrix in weight_matrices(twin).items():
+        sigma, u, v = top_triplet(matrix)
+        gradient = twin.get_submodule(name).weight.grad.double().flatten(1)  # type: ignore[union-attr,operator]
+        total += -float(u @ gradient @ v) / sigma - regulariser.weight_decay
     twin.zero_grad()
     return total

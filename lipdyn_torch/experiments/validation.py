@@ -141,7 +141,8 @@ def _claims(largest: list[list], checked: list[list], parts: dict[str, pd.DataFr
         ),
         Claim(
             "(ours) pathwise order 2 stays below 1e-3 while eps < 1, in every configuration",
-            f"largest error {worst:.1e} in the {some} of {len(checked)} configurations with such steps; over all steps {ratio:.1f} times smaller than the SDE's (median)",
+            f"largest error {worst:.1e} in the {some} of {len(checked)} configurations with such steps; "
+            f"over all steps {ratio:.1f} times smaller than the SDE's (median)",
             CONFIRMED if worst < GOAL else CONTRADICTED,
         ),
     ]
