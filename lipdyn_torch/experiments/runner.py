@@ -187,7 +187,7 @@ def _run_missing(jobs: list[Job], config: ReproduceConfig) -> list[tuple[str, st
                     job.folder.add(point["id"], outcome)
                 done += 1
                 bar.set_postfix_str(f"points {done}/{count}", refresh=False)
-                bar.update(point["cost"])
+                bar.update(min(point["cost"], total - bar.n))  # rounding must not pass the end
     return failures
 
 
@@ -239,7 +239,11 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
         warnings.simplefilter("ignore")  # the dashboard's port may be taken; we do not need one
         with (
             LocalCluster(
-                n_workers=workers, threads_per_worker=1, dashboard_address=None, memory_limit=0, silence_logs=50
+                n_workers=workers,
+                threads_per_worker=1,
+                dashboard_address="127.0.0.1:0",
+                memory_limit=0,
+                silence_logs=50,
             ) as cluster,
             Client(cluster) as client,
         ):

@@ -138,7 +138,7 @@ def test_workers_of_a_scheduler_give_the_same_rows(one_run, tmp_path):
     quiet = {"distributed.worker.daemon": False}
     with (
         dask.config.set(quiet),
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
     ):
         one_run("jacobian", out=tmp_path / "there", scheduler=cluster.scheduler_address)
     rows = [sorted((tmp_path / where / ROWS).read_text().splitlines()) for where in ("here", "there")]
