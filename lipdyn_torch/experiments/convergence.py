@@ -33,7 +33,7 @@ __all__ = ["EXPERIMENTS", "power_law"]
 FORCES = ("mu", "kappa", "lambda_sq")
 PARTS = ("kappa_var", "kappa_cov", "lambda_sq_var", "lambda_sq_cov")
 PRESETS = {
-    "quick": {"model": "convnet", "steps": 5000, "batch": 64, "lr": 0.05, "every": 40, "window": 500},
+    "quick": {"model": "convnet", "steps": 4000, "batch": 64, "lr": 0.05, "every": 10, "window": 500},
     "paper": {"model": "convnet", "steps": 153_270, "batch": 256, "lr": 0.01, "every": 10, "window": 500},
 }
 
@@ -214,7 +214,9 @@ def _cumulated(axes, network: pd.DataFrame) -> None:  # type: ignore[no-untyped-
             label=f"integral of {name}",
         )
     axes.set(title="what has been added (nats)", xlabel="optimiser step")
-    axes.legend()
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, low + 1.5 * (high - low))  # room for the legend
+    axes.legend(loc="upper left", ncols=2)
 
 
 EXPERIMENTS = [Experiment("near-convergence", "Forces near convergence", PRESETS, _points, _run, _summarise)]

@@ -252,7 +252,9 @@ def _figure(lines: list[list], path: pd.DataFrame) -> Figure:
             shares = [line[1] for line in chosen]
             axes.plot(shares, [line[2] for line in chosen], "o", color=BLACK, markersize=4, label="observed")
             axes.plot(shares, [line[3] for line in chosen], "-", color=BLUE, label="exact mixture")
-            axes.plot(shares, [line[6] for line in chosen], "--", color=VERMILION, label="claim $(1-\\epsilon)^2$")
+            axes.plot(
+                shares, [line[6] or math.nan for line in chosen], "--", color=VERMILION, label="claim $(1-\\epsilon)^2$"
+            )
             axes.set(
                 xlabel="share of corrupted labels $\\epsilon$",
                 title=f"tr $\\Sigma$ over clean, {at} weights",
@@ -264,7 +266,7 @@ def _figure(lines: list[list], path: pd.DataFrame) -> Figure:
             mean = part["lambda_sq"].rolling(5, min_periods=1).mean()
             panels[2].semilogy(part["step"], mean, color=color, linestyle=dash, label=f"{eps:g}")
         panels[2].set(xlabel="optimiser step", title="$\\lambda^2$ per unit time along the path")
-        panels[2].legend(title="$\\epsilon$", ncols=2)
+        panels[2].legend(title="$\\epsilon$", loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

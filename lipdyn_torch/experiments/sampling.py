@@ -76,8 +76,8 @@ def _measure(context: Context, images: Images, sampling: str, batch: int, order:
     """Log K and the forces at the measured steps of a run from the fixed initial weights."""
     model = make_model(context["model"], images, context.seed).to(context.device)
     curve = {}
-    # A different order of samples for every replicate; the seed of the weights stays.
-    seed = 1_000_003 * (order + 1) + context.seed
+    # Another order of samples for every replicate and batch size; the seed of the weights stays.
+    seed = 1_000_003 * (order + 1) + 7919 * batch + context.seed
     plan = training.Plan(context["steps"], batch, context["lr"], sampling, seed, every=context["every"])
 
     def observe(step: int, network: object) -> None:
@@ -340,10 +340,10 @@ def _batch_figure(lines: list[list]) -> Figure:
             left.plot(m, [line[at] for line in lines], marker, color=color, markersize=4, label=f"{label}, observed")
             left.plot(m, [line[at + 1] for line in lines], color=color, linestyle=dash, label=f"{label}, predicted")
         left.set(xlabel="batch size M", ylabel="M Var[log K] (nats²)", title="Variance of log K times M", yscale="log")
-        left.legend()
+        figure.legend(loc="outside lower center", ncols=4)
         right.plot(m, [line[3] for line in lines], "d-", color=GREEN, markersize=4)
         right.set(xlabel="batch size M", ylabel="M $\\kappa$ per unit time", title="Noise curvature times M")
-        right.set_ylim(0, None)
+        right.set_ylim(0, 1.15 * max(line[3] for line in lines))
     return figure
 
 

@@ -125,6 +125,7 @@ def _claims(largest: list[list], checked: list[list], parts: dict[str, pd.DataFr
     full = [line[3] / max(abs(line[1]), 1e-12) for line in largest]
     worst = max((line[4] for line in checked if line[4] == line[4]), default=math.nan)
     some = sum(line[4] == line[4] for line in checked)
+    every = max(line[5] for line in largest)
     ratio = float(np.median([line[2] / line[5] for line in largest]))
     flagged = [REGULARISERS[n].title for n, part in parts.items() if part["flagged"].astype(bool).any()]
     heuristic = f"; noise terms heuristic with {', '.join(flagged)}" if flagged else ""
@@ -140,10 +141,11 @@ def _claims(largest: list[list], checked: list[list], parts: dict[str, pd.DataFr
             else CONTRADICTED,
         ),
         Claim(
-            "(ours) pathwise order 2 stays below 1e-3 while eps < 1, in every configuration",
-            f"largest error {worst:.1e} in the {some} of {len(checked)} configurations with such steps; "
-            f"over all steps {ratio:.1f} times smaller than the SDE's (median)",
-            CONFIRMED if worst < GOAL else CONTRADICTED,
+            "(ours) pathwise order 2 stays below 1e-3 in every configuration",
+            f"largest error over all steps, certified (eps < 1) or not, {every:.1e}; over the certified steps of the "
+            f"{some} of {len(checked)} configurations that have any {worst:.1e}; {ratio:.0f} times smaller than the "
+            "SDE's (median)",
+            CONFIRMED if every < GOAL else WITHIN_LIMITS if some == len(checked) and worst < GOAL else CONTRADICTED,
         ),
     ]
 
