@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import ArpackError, svds
 from torch import Tensor
 
 import specpert
@@ -143,7 +145,7 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -
     >>> [round(value, 12) for value in cluster_values(tie, step, reach=0.4, most=16)]
     [2.1, 2.1, 2.1]
     """
-    values = torch.linalg.svdvals(spectrum.matrices)
+    values = _singular_values(spectrum.matrices)
     sizes = (values > spectrum.sigma - reach).sum(-1)
     if int(sizes.sum()) > most or int(sizes.max()) == 0:
         return None
@@ -158,8 +160,14 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -
     return best
 
 
+def _singular_values(matrices: Tensor) -> Tensor:
+    """All singular values, descending; the small ones to half the digits, which is enough to tell them apart."""
+    gram = matrices @ matrices.mT if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT @ matrices
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
+
+
 def spectral_norm(matrix: Tensor) -> float:
-    """``||matrix||_2`` from the Gram matrix of the smaller side: far cheaper than a decomposition.
+    """``||matrix||_2``: by Lanczos on the CPU, from the Gram matrix of the smaller side for small ones and elsewhere.
 
     Squaring costs no accuracy for the largest value; the scaling keeps tiny steps from underflow.
 
@@ -173,5 +181,10 @@ def spectral_norm(matrix: Tensor) -> float:
     if scale == 0.0 or scale != scale or scale == float("inf"):
         return scale
     a = matrix / scale
-    gram = a @ a.T if a.shape[0] <= a.shape[1] else a.T @ a
-    return scale * float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt())
+    if a.device.type == "cpu" and min(a.shape) >= 128:
+        start = np.ones(min(a.shape))  # not the global random state, which is the user's
+        try:
+            return scale * float(svds(a.numpy(), k=1, v0=start, return_singular_vectors=False)[0])
+        except ArpackError:
+            pass
+    return scale * float(_singular_values(a)[0])

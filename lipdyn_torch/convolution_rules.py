@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule
+from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule, working
 
 __all__ = ["ConvRule", "ConvTransposeRule"]
 
@@ -49,7 +49,8 @@ class ConvRule(LayerRule):
         """``p_i = sum_t delta_it conv(x_i; v)_t``; ``q_i`` the kernel gradient for output gradient ``u . delta_i``."""
         if weights is not None:
             return super().contract(module, x, delta, u, v, block, weights)
-        x, delta = self.operands(module, x, delta, block.group)
+        x, delta = self.operands(module, working(x), working(delta), block.group)
+        u, v = u.to(delta.dtype), v.to(x.dtype)
         kernel = v.reshape(1, x.shape[1], *module.kernel_size)
         convolve = _CONVOLVE[len(module.kernel_size)]
         response = convolve(x, kernel, stride=module.stride, dilation=module.dilation)[:, 0]
@@ -59,18 +60,18 @@ class ConvRule(LayerRule):
         # u . delta_i laid out at the places every kernel tap reads. Only one channel is ever unfolded.
         placed = _taps(module, torch.einsum("io...,o->i...", delta, u), x.shape[2:])
         q = torch.einsum("ics,isk->ick", x.flatten(2), placed)
-        return p, q.flatten(1)
+        return p.double(), q.flatten(1).double()
 
     def per_sample(self, module: Any, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """Kernel gradients from unfolded patches, a chunk of samples at a time."""
-        x, delta = self.operands(module, x, delta, block.group)
+        x, delta = self.operands(module, x.double(), delta.double(), block.group)
         taps, places = module.weight[0, 0].numel(), delta[0, 0].numel()
         for chunk in chunks(len(x), x.shape[1] * taps * (places + delta.shape[1])):
             patches = _patches(module, x[chunk], delta.shape[2:])
             yield torch.einsum("iot,ictk->iock", delta[chunk].flatten(2), patches).flatten(2)
 
     def operands(self, module: Any, x: Tensor, delta: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        """The group's channels of the padded input and of the output gradient: batched, float64."""
+        """The group's channels of the padded input and of the output gradient: batched."""
         dims = len(module.kernel_size)
         return _group(module, _padded(module, x), group), _group(module, _batched(delta, dims), group)
 
@@ -85,7 +86,6 @@ class ConvTransposeRule(ConvRule):
 
 
 def _batched(a: Tensor, dims: int) -> Tensor:
-    a = a.to(torch.float64)
     return a if a.ndim == dims + 2 else a[None]
 
 
@@ -95,7 +95,7 @@ def _group(module: Any, a: Tensor, group: int) -> Tensor:
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:
-    """The picture as the kernel sees it: batched, float64, padded; the convolution then has no padding."""
+    """The picture as the kernel sees it: batched, padded; the convolution then has no padding."""
     width: list[int] = []  # F.pad wants the last axis first
     for axis in reversed(range(len(module.kernel_size))):
         if module.padding == "same":

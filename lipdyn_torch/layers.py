@@ -6,7 +6,7 @@ matrix (m outputs), ``n`` column (n inputs), ``g`` group, ``c`` input channel, `
 For a layer whose output is linear in its weight, the loss gradient of sample i with respect to the weight
 matrix is ``G_i = sum_t delta_it x_it^T`` with x the layer's input patches and delta the gradient of the output.
 A rule gives ``p_i = G_i v`` and ``q_i = G_i^T u`` without forming ``G_i`` ("ghost" contractions, theory 2.4).
-Inputs and output gradients arrive in their own precision; everything is computed in float64.
+Inputs and output gradients are contracted in their own precision (at least single); all that follows is float64.
 """
 
 from __future__ import annotations
@@ -181,40 +181,56 @@ class LinearRule(LayerRule):
         weights: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """``p_i = sum_t delta_it (x_it . v)``, ``q_i = sum_t x_it (delta_it . u)``; theory 2.4 with weights."""
-        return ghost(self.positions(x), self.positions(delta), u, v, self.weights(module, block, weights))
+        x, delta = self.positions(working(x)), self.positions(working(delta))
+        return ghost(x, delta, u, v, self.weights(module, block, weights))
 
     def sum_of_squares(self, module: nn.Module, x: Tensor, delta: Tensor, block: Block) -> Tensor:
         """``(delta o delta)^T (x o x)`` for vectors; per-sample gradients in chunks for sequences."""
-        a, d = self.positions(x), self.positions(delta)
+        a, d = self.positions(x.double()), self.positions(delta.double())
         if a.shape[1] == 1:  # one position: the square of an outer product is the outer product of squares
             return d[:, 0].square().T @ a[:, 0].square()
         return sum_of_squares(self.per_sample(module, x, delta, block))
 
     def per_sample(self, module: nn.Module, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """``G_i = sum_t delta_it x_it^T``."""
-        x, delta = self.positions(x), self.positions(delta)
+        x, delta = self.positions(x.double()), self.positions(delta.double())
         for chunk in chunks(len(x), delta.shape[-1] * x.shape[-1]):
             yield torch.einsum("ito,itn->ion", delta[chunk], x[chunk])
 
     @staticmethod
     def positions(a: Tensor) -> Tensor:
-        """(n,), (M, n) or (M, ..., n) to float64 (M, T, n)."""
-        a = a.to(torch.float64)
+        """(n,), (M, n) or (M, ..., n) to (M, T, n)."""
         return a.reshape(1, 1, -1) if a.ndim == 1 else a.reshape(a.shape[0], -1, a.shape[-1])
 
 
 def ghost(x: Tensor, delta: Tensor, u: Tensor, v: Tensor, W: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``p_i = (W o G_i) v``, ``q_i = (W o G_i)^T u`` for ``G_i = sum_t delta_it x_it^T``, never formed (theory 2.4).
 
-    ``x`` is (M, T, n) and ``delta`` (M, T, m), in float64.
+    ``x`` is (M, T, n) and ``delta`` (M, T, m); the products are made in their precision, the results are float64.
     """
+    u, v = u.to(delta.dtype), v.to(x.dtype)
+    if W is None and x.shape[1] == 1:
+        p, q = delta[:, 0] * (x[:, 0] @ v)[:, None], x[:, 0] * (delta[:, 0] @ u)[:, None]
+        return p.double(), q.double()
     if W is None:
-        return torch.einsum("ito,it->io", delta, x @ v), torch.einsum("itn,it->in", x, delta @ u)
-    p, q = [], []
+        p, q = torch.einsum("ito,it->io", delta, x @ v), torch.einsum("itn,it->in", x, delta @ u)
+        return p.double(), q.double()
+    x, delta, u, v = x.double(), delta.double(), u.double(), v.double()
+    parts = []
     for chunk in chunks(len(x), x.shape[1] * (x.shape[2] + delta.shape[2])):
-        p.append((delta[chunk] * ((x[chunk] * v) @ W.T)).sum(1))
-        q.append((x[chunk] * ((delta[chunk] * u) @ W)).sum(1))
-    return torch.cat(p), torch.cat(q)
+        parts.append(
+            (
+                (delta[chunk] * ((x[chunk] * v) @ W.T)).sum(1),
+                (x[chunk] * ((delta[chunk] * u) @ W)).sum(1),
+            )
+        )
+    p, q = (torch.cat(part) for part in zip(*parts, strict=True))
+    return p, q
+
+
+def working(a: Tensor) -> Tensor:
+    """In the precision of its contractions: its own, but at least single."""
+    return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
 
 
 def double(tensor: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class LowRankSumRule(LayerRule):
     ) -> tuple[Tensor, ...]:
         """``p, q`` of the effective matrix's change, and the two factors of its bend."""
         (_, B, A), s = self._values(module), self._scale(module)
-        x, delta = LinearRule.positions(x), LinearRule.positions(delta)
+        x, delta = LinearRule.positions(x.double()), LinearRule.positions(delta.double())
         frozen, WB, WA = (None, None, None) if weights is None else weights
         p_up, q_up = ghost(x @ A.T, s * delta, u, A @ v, WB)  # dB A v and dB^T u
         p_down, q_down = ghost(x, s * (delta @ B), B.T @ u, v, WA)  # dA v and dA^T B^T u
