@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lipdyn_torch._bridge import specpert
 from lipdyn_torch.experiments.registry import (
     CONFIRMED,
     CONTRADICTED,
@@ -19,7 +20,6 @@ from lipdyn_torch.experiments.registry import (
     Summary,
     Table,
 )
-from specpert import sigma_derivative
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +67,7 @@ def _run(order: int) -> Any:
         A = draw(point["distribution"], rng)
         rows = []
         for k in range(min(A.shape)):
-            ours = sigma_derivative(A, order, k=k, layout="tensor" if order == 1 else "vec")
+            ours = specpert.sigma_derivative(A, order, k=k, layout="tensor" if order == 1 else "vec")
             other = autograd(A, k, order)
             row = {"distribution": point["distribution"], "k": k + 1, "largest": float(np.abs(other).max())}
             row["error"] = float(np.abs(ours - other).max())

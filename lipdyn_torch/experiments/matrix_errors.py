@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lipdyn_torch._bridge import specpert
 from lipdyn_torch.experiments.frames import groups
 from lipdyn_torch.experiments.matrices import DISTRIBUTIONS, autograd, draw
 from lipdyn_torch.experiments.registry import (
@@ -25,7 +26,6 @@ from lipdyn_torch.experiments.registry import (
     Summary,
     Table,
 )
-from specpert import sigma_derivative, sigma_series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +120,7 @@ def _run(point: Point, context: Context) -> list[Row]:
 def _hessian_rows(A: NDArray[np.float64], rng: np.random.Generator, context: Context) -> list[Row]:
     rows = []
     for k in range(min(A.shape)):
-        ours, other = sigma_derivative(A, 2, k=k, layout="vec"), autograd(A, k, 2)
+        ours, other = specpert.sigma_derivative(A, 2, k=k, layout="vec"), autograd(A, k, 2)
         rows.append({"k": k + 1, "error": float(np.abs(ours - other).max()), "largest": float(np.abs(other).max())})
     return rows
 
@@ -131,7 +131,7 @@ def _series_rows(A: NDArray[np.float64], rng: np.random.Generator, context: Cont
     exact = exact_coefficients(A, H, ORDERS[-1], context["digits"])
     rows = []
     for k in range(min(A.shape)):
-        ours = np.asarray(sigma_series(A, H, ORDERS[-1], k=k).coefficients)
+        ours = np.asarray(specpert.sigma_series(A, H, ORDERS[-1], k=k).coefficients)
         for n in ORDERS:
             truth, published = exact[k, n], published_coefficient(A, H, k, n)
             error, wrong = (abs(x - truth) / abs(truth) for x in (float(ours[n]), published))
