@@ -40,7 +40,7 @@ def sigma_derivative(
 
     Parameters
     ----------
-    A : array, shape (..., m, n), or SingularTriplet
+    A : array, shape (..., m, n), scipy.sparse array, LinearOperator, or SingularTriplet
         Real or complex matrix or stack of matrices, of NumPy or any library of the array API. Entries that track a
         gradient are taken by value: the result is no part of their graph.
     order : int

@@ -488,8 +488,8 @@ def _raise_if_zero(lowest: Array, s: Array, group: tuple[int, ...], tol: float, 
     top = float(s[(*at, 0)])
     raise ZeroSingularValueError(
         f"expected a singular value above {tol:.1e} sigma_0, got sigma_{max(group)}{_where(at)} = "
-        f"{float(lowest[at]) / top if top else 0.0:.3e} sigma_0: it is not differentiable at zero, where only "
-        "one-sided derivatives exist"
+        f"{float(lowest[at]) / top if top else 0.0:.3e} sigma_0: it is not differentiable at zero, where it has "
+        "one-sided derivatives only; see one_sided_derivatives(A, H, k=...)"
     )
 
 
