@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from bench import against_autograd, against_lapack, against_peers, monitor
-from bench.harness import run
+from bench.harness import page, run
 
 TABLES = {
     "against_lapack": against_lapack.jobs,
@@ -25,6 +26,7 @@ def main() -> None:
     for name in arguments.tables or TABLES:
         print(f"\n## {name}\n")
         run(name, TABLES[name](), command=f"python -m bench {name}")
+    Path(__file__).parents[1].joinpath("docs", "benchmarks.md").write_text(page())
 
 
 if __name__ == "__main__":

@@ -102,3 +102,26 @@ def table(rows: list[Row]) -> str:
             f"| {r.name} | {spread} | {limit} | {r.verdict} | {r.ours_ms:.3g} | {r.theirs_ms:.3g} | {r.note} |"
         )
     return "\n".join(lines)
+
+
+def page() -> str:
+    """All kept results as one page of the documentation."""
+    parts = [
+        "# Benchmarks",
+        "Each row times two things in turn, in one process, and gives the median of their ratio with its quartiles; "
+        "`at most` is the target set beforehand. Shared machines are noisy: read the ratios, not the milliseconds. "
+        "Repeat with `make bench`, or `python -m bench TABLE` for one table.",
+    ]
+    for file in sorted(RESULTS.glob("*.json")):
+        record = json.loads(file.read_text())
+        m = record["machine"]
+        versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+        threads = ", ".join(f"{k} = {v}" for k, v in m["threads"].items()) or "default threads"
+        rows = [Row(**{k: v for k, v in row.items() if k != "verdict"}) for row in record["rows"]]
+        parts += [
+            f"## {file.stem.replace('_', ' ').capitalize()}",
+            f"`{record['command']}` on {m['processor']}, {m['cores']} cores, Python {m['python']}, {versions}; "
+            f"{threads}.",
+            table(rows),
+        ]
+    return "\n\n".join(parts) + "\n"
