@@ -23,6 +23,7 @@ __all__ = ["EXPERIMENTS"]
 
 PAPER_GPU_HOURS = 570  # as the paper reports for all its experiments
 VALIDATION_STEPS = 39_000
+CHUNK = 32  # samples whose gradients are held at once
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"rounds": 10, "steps": 10, "per_sample_steps": 1, "batch": 64, "lr": 0.01, "shape": None},
     "paper": {"rounds": 10, "steps": 10, "per_sample_steps": 1, "batch": 256, "lr": 0.01, "shape": [3, 32, 32]},
@@ -107,38 +108,45 @@ def _batch(images: Images, context: Context) -> tuple[Tensor, Tensor]:
 def _per_sample_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor
 ) -> list[tuple[float, float, float]]:
-    """Gradients of every sample at once, the thin SVD of every weight, and the sums of theory 2.4 over the samples."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    """Gradients of every sample, the thin SVD of every weight, and the sums of theory 2.4 over the samples.
 
-    def loss(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        logits = torch.func.functional_call(model, values, (image[None],))
+    In chunks, because 256 gradients of the ConvNet for 32 x 32 images take 9 GB at once.
+    """
+    values = {name: p.detach() for name, p in model.named_parameters()}
+    svds = {n: torch.linalg.svd(w.flatten(1), full_matrices=False) for n, w in values.items() if w.ndim > 1}
+
+    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, weights, (image[None],))
         return nn.functional.cross_entropy(logits, label[None])
 
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, y)
-    terms = []
-    for name, gradient in gradients.items():
-        if parameters[name].ndim > 1:
-            terms.append(_terms(parameters[name].flatten(1), gradient.flatten(2)))
-        dict(model.named_parameters())[name].grad = gradient.mean(0)
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    total = {name: torch.zeros_like(w) for name, w in values.items()}
+    projections: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in svds}
+    for images, labels in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
+        for name, gradients in per_sample(values, images, labels).items():
+            total[name] += gradients.sum(0)
+            if name in svds:
+                U, _, Vh = svds[name]
+                G = gradients.flatten(2)
+                projections[name].append((G @ Vh[0], torch.einsum("imn,m->in", G, U[:, 0])))
+    for name, parameter in model.named_parameters():
+        parameter.grad = total[name] / len(x)
+    terms = [_terms(svds[n], *(torch.cat(parts) for parts in zip(*pq, strict=True))) for n, pq in projections.items()]
     optimizer.step()
     return terms
 
 
-def _terms(matrix: Tensor, gradients: Tensor) -> tuple[float, float, float]:
-    """``<J, gbar>, J^T Sigma J, <H, Sigma>`` of one layer from gradients (M, m, n) (theory 1.3, 2.3)."""
-    U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    count = len(gradients)
-    mean = gradients.mean(0)
-    drift = float(U[:, 0] @ mean @ Vh[0])
-    centred = gradients - mean
-    p, q = centred @ Vh[0], torch.einsum("imn,m->in", centred, U[:, 0])
+def _terms(svd: tuple[Tensor, Tensor, Tensor], p: Tensor, q: Tensor) -> tuple[float, float, float]:
+    """``<J, gbar>, J^T Sigma J, <H, Sigma>`` of one layer from ``G_i v`` and ``G_i^T u`` (theory 1.3, 2.3)."""
+    U, s, Vh = svd
+    drift = float(U[:, 0] @ p.mean(0))
+    p, q = p - p.mean(0), q - q.mean(0)
     a, b = p @ U, q @ Vh.T
     rest = (p - a @ U.T).square().sum() + (q - b @ Vh).square().sum()
     a1, b1, s1 = a[:, 1:], b[:, 1:], s[1:]
     sums = (s[0] * (a1.square() + b1.square()) + 2 * s1 * a1 * b1) / (s[0] ** 2 - s1**2)
-    curvature = rest / s[0] + sums.sum()
-    norm = count * (count - 1)
-    return drift, float(a[:, 0].square().sum() / norm), float(curvature / norm)
+    norm = len(p) * (len(p) - 1)
+    return drift, float(a[:, 0].square().sum() / norm), float((rest / s[0] + sums.sum()) / norm)
 
 
 def _summarise(rows: list[Row], context: Context) -> Summary:

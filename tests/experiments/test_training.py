@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lipdyn_torch.experiments import label_noise, training
+from lipdyn_torch.experiments import label_noise, timing, training
 from lipdyn_torch.experiments.data import Images, digits
 from lipdyn_torch.experiments.initialisation import operator_norm
 from lipdyn_torch.experiments.models import MLP, ConvNet, make_model, note
@@ -128,3 +128,18 @@ def test_moments_are_those_of_gradients_sample_by_sample(images):
     G = torch.stack(rows)
     assert found.trace == pytest.approx(float(G.var(0, correction=0).sum()), rel=1e-5)
     assert torch.allclose(torch.cat([g.flatten() for g in found.mean]), G.mean(0), atol=1e-6)
+
+
+def test_the_obvious_way_measures_the_same_terms(images):
+    model = make_model("mlp", images, 0)
+    twin = make_model("mlp", images, 0)
+    run = train(model, images, Plan(steps=1, batch=64, lr=0.05))
+    order = next(batch_indices(64, Plan(steps=1, batch=64, lr=0.05)))
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05)
+    terms = timing._per_sample_step(twin, optimizer, images.train_x[order], images.train_y[order])
+    for (_, row), (drift, noise, curvature) in zip(run.frame.iterrows(), terms, strict=False):
+        sigma = row["sigma"]
+        assert row["mu"] == pytest.approx(-drift / sigma, rel=1e-3)
+        assert row["lambda_sq"] == pytest.approx(0.05 * noise / sigma**2, rel=1e-3)
+        assert row["kappa"] == pytest.approx(0.05 * curvature / (2 * sigma), rel=1e-2)
+    assert torch.allclose(*(nn.utils.parameters_to_vector(m.parameters()) for m in (model, twin)), atol=1e-6)
