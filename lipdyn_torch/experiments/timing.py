@@ -178,8 +178,8 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
     notes = [
         f"The validation, {runs} runs of {VALIDATION_STEPS} steps measured at every step, takes "
         f"{lines[1][4]:.1f} hours here at batch {context['batch']} "
-        f"({where}, the full gradient not counted); with per-sample gradients written the obvious way"
-        f" {lines[3][4]:.1f} hours, {ratio:.1f} times as long."
+        f"({where}, the full gradient not counted); with per-sample gradients written the obvious way "
+        f"{lines[3][4]:.1f} hours, {ratio:.1f} times as long."
     ]
     return Summary([table], {"timing": _figure(frame)}, notes=notes)
 

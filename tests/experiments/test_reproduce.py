@@ -40,9 +40,6 @@ def test_all_experiments_make_one_report(tmp_path, tiny, capsys):
         assert len(list((out / name).glob("*.png"))) == len(list((out / name).glob("*.svg"))) >= 1
         assert f'id="{name}"' in page
         assert f"# {name}: " in printed
-    before = {f: f.stat().st_mtime_ns for f in out.glob(f"*/{ROWS}")}
-    assert cli.main(["reproduce", "all", "--jobs", "1", "--out", str(out)]) == 0  # nothing is run again
-    assert {f: f.stat().st_mtime_ns for f in before} == before
 
 
 @pytest.mark.parametrize("name", ["jacobian", "hessian"])
@@ -109,6 +106,7 @@ def test_a_killed_sweep_continues(one_run, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         one_run("jacobian")
     one_run("jacobian")
+    one_run("jacobian")  # nothing is left to do
     assert seen == ["normal", "uniform", "uniform", "beta"]
     rows = [json.loads(line) for line in (tmp_path / "jacobian" / ROWS).read_text().splitlines()]
     assert [row["finished"] for row in rows if "finished" in row] == ["normal", "uniform", "beta"]
