@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lipdyn_torch import LipschitzMonitor
-from lipdyn_torch.dynamics import bridge_variance, diffusion_variance
+from lipdyn_torch.dynamics import bridge_variance, diffusion_variance, epoch_means
 from specpert import sigma_derivative, sigma_series
 
 IMAGES = Path(__file__).parent / "images"
@@ -174,9 +174,9 @@ def bridge() -> plt.Figure:
                 rows = rows[rows.layer == "network"]
                 monitor.close()
                 v, sizes = (rows.lr * rows.lambda_sq).to_numpy(), rows.batch.to_numpy()
-                variance = bridge_variance(v, sizes, samples) if sampling == "shuffle" else diffusion_variance(v)
-                if sampling == "shuffle":  # what the scatter of the estimates v does to the bridge
-                    closed = np.sqrt(bridge_variance(np.full_like(v, v.mean()), sizes, samples))
+                variance = diffusion_variance(v)
+                if sampling == "shuffle":
+                    variance = bridge_variance(epoch_means(v, sizes, samples), sizes, samples)
             paths.append(path)
         spreads[sampling] = (np.std(paths, axis=0, ddof=1), np.sqrt(variance))
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
@@ -189,7 +189,6 @@ def bridge() -> plt.Figure:
         observed, predicted = spreads[sampling]
         axes.plot(steps, observed, marker, ms=3, color=colour, label=f"{name}: {runs} runs")
         axes.plot(steps, predicted, color=colour, label=f"{name}: band of sde")
-    axes.plot(steps, closed, ":", color=BLUE, label="reshuffled every epoch: the bridge with mean v")
     axes.set(xlabel="epochs", ylabel="standard deviation of log K (dimensionless)", xlim=(0, epochs))
     axes.set_xticks(range(epochs + 1))
     axes.set_ylim(0, 1.25 * spreads["iid"][1].max())

@@ -4,29 +4,41 @@
 """
 
 from lipdyn_torch.errors import (
+    LayerReplacedError,
     LipdynError,
     NoBackwardError,
     NoSupportedLayerError,
     RunFolderExistsError,
+    SilentHookError,
     UnownedParametersError,
 )
 from lipdyn_torch.history import History, JsonLinesSink, read_history
+from lipdyn_torch.layers import LayerRule, register_rule
+from lipdyn_torch.low_rank import LowRankSumRule
 from lipdyn_torch.monitor import LipschitzMonitor
 from lipdyn_torch.noise import GradientNoise
-from lipdyn_torch.predict import Prediction, pathwise, sde
+from lipdyn_torch.predict import Prediction, forecast, pathwise, sde
+from lipdyn_torch.reference import MeanGradient
 
 __all__ = [
     "GradientNoise",
     "History",
     "JsonLinesSink",
+    "LayerReplacedError",
+    "LayerRule",
     "LipdynError",
     "LipschitzMonitor",
+    "LowRankSumRule",
+    "MeanGradient",
     "NoBackwardError",
     "NoSupportedLayerError",
     "Prediction",
     "RunFolderExistsError",
+    "SilentHookError",
     "UnownedParametersError",
+    "forecast",
     "pathwise",
     "read_history",
+    "register_rule",
     "sde",
 ]

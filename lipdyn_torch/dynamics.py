@@ -21,6 +21,7 @@ __all__ = [
     "bridge_variance",
     "diffusion_variance",
     "drift",
+    "epoch_means",
     "expected_log_k",
     "log_sd_k",
     "mean_z",
@@ -231,6 +232,23 @@ def bridge_variance(v: ArrayLike, batch: ArrayLike, dataset_size: int) -> NDArra
         response += math.sqrt(v_k * m_k)
         curve.append(total + max(0.0, inside - response**2 / dataset_size))
     return np.asarray(curve)
+
+
+def epoch_means(v: ArrayLike, batch: ArrayLike, dataset_size: int) -> NDArray[np.float64]:
+    """Noise of the steps, ``v_k M_k`` averaged over each epoch (theory 2.10: it varies slowly).
+
+    One batch tells v with an error of its own; without the average the bridge would not close at the epoch's end.
+
+    Examples
+    --------
+    >>> epoch_means([0.2, 0.3, 0.1, 0.4], [4] * 4, dataset_size=8).tolist()
+    [0.25, 0.25, 0.25, 0.25]
+    """
+    steps = _epochs(v, batch, dataset_size)
+    epoch = np.cumsum([first for _, _, first in steps])
+    scaled = np.array([v_k * m_k for v_k, m_k, _ in steps])
+    means = np.bincount(epoch, scaled) / np.maximum(np.bincount(epoch), 1)
+    return np.asarray(means[epoch] / np.array([m_k for _, m_k, _ in steps]))
 
 
 def sample_paths(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = [
-    *("COLUMNS", "NETWORK", "SPLIT_COLUMNS"),
+    *("COLUMNS", "NETWORK", "REFERENCE_COLUMNS", "SPLIT_COLUMNS"),
     *("History", "JsonLinesSink", "ResumeError", "Row", "Sink", "json_ready", "read_history"),
 ]
 
@@ -34,8 +34,10 @@ NETWORK = "network"
 SPLIT_COLUMNS = ("kappa_var", "kappa_cov", "lambda_sq_var", "lambda_sq_cov")
 COLUMNS = (
     *("step", "layer", "lr", "batch", "sigma", "gap", "eps", "mu", "kappa", "lambda_sq"),
-    *("gHg", "dz1", "dz2", "dz3", "dz", "z", "status"),
+    *("gHg", "dz1", "dz2", "dz3", "dz", "z", "mode", "bound", "remainder", "status"),
 )
+#: Of histories with a reference gradient.
+REFERENCE_COLUMNS = ("mu_ref",)
 
 
 class ResumeError(LipdynError, ValueError):
@@ -145,6 +147,9 @@ class History:
         if any(SPLIT_COLUMNS[0] in row for row in self.rows):
             at = columns.index("gHg")
             columns[at:at] = SPLIT_COLUMNS
+        if any(REFERENCE_COLUMNS[0] in row for row in self.rows):
+            at = columns.index("kappa")
+            columns[at:at] = REFERENCE_COLUMNS
         frame = pd.DataFrame(self.rows, columns=columns)
         frame.attrs.update(self.meta)
         return frame

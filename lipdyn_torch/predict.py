@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lipdyn_torch.dynamics import bridge_variance, diffusion_variance, mean_z, step_increments
+from lipdyn_torch.dynamics import bridge_variance, diffusion_variance, epoch_means, mean_z, step_increments
 from lipdyn_torch.history import NETWORK, History
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def sde(
     elif dataset_size is None:
         variance = np.full(len(v) + 1, np.nan)
     else:
-        variance = bridge_variance(v, np.repeat(rows["batch"].to_numpy(float), repeat), dataset_size)
+        batch = np.repeat(rows["batch"].to_numpy(float), repeat)
+        variance = bridge_variance(epoch_means(v, batch, dataset_size), batch, dataset_size)
     if gradient == "independent":
         variance = variance + diffusion_variance(v)
     predicted = mean_z(float(z[0]), m, c, v_layers)[states]
@@ -253,13 +254,7 @@ def _certificate(history: History | pd.DataFrame, order: int, layer: str) -> NDA
 
 
 def _frame(history: History | pd.DataFrame) -> pd.DataFrame:
-    if not isinstance(history, History):
-        return history
-    frame = history.to_pandas()
-    for key in ("bound", "mu_ref"):  # not every history has them
-        if key not in frame and any(key in row for row in history):
-            frame[key] = [row.get(key, np.nan) for row in history]
-    return frame
+    return history.to_pandas() if isinstance(history, History) else history
 
 
 def _rows(history: History | pd.DataFrame, layer: str) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lipdyn_torch.dynamics import bridge_variance, diffusion_variance
+from lipdyn_torch.dynamics import bridge_variance, diffusion_variance, epoch_means
 from lipdyn_torch.experiments import training
 from lipdyn_torch.experiments.convergence import power_law
 from lipdyn_torch.experiments.data import Images, load
@@ -109,7 +109,9 @@ def _predicted(part: pd.DataFrame, sampling: str, samples: int, context: Context
     mean = part.groupby("step")["lambda_sq"].mean()
     v = context["lr"] * mean.reindex(range(context["steps"])).ffill().to_numpy()
     batch = np.full(len(v), part["batch"].iloc[0])
-    curve = diffusion_variance(v) if sampling == "iid" else bridge_variance(v, batch, samples)
+    curve = (
+        diffusion_variance(v) if sampling == "iid" else bridge_variance(epoch_means(v, batch, samples), batch, samples)
+    )
     return np.asarray(curve[_steps(part)])
 
 

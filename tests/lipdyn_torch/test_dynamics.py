@@ -77,3 +77,16 @@ def test_clipping_of_impossible_changes():
 def test_paths_without_replacement_need_batch_sizes():
     with pytest.raises(ValueError, match="expected the batch sizes with dataset_size, got None"):
         dynamics.sample_paths(np.zeros(2), [1.0], dataset_size=3)
+
+
+def test_bridge_of_noisy_estimates_closes_at_the_end_of_every_epoch():
+    rng = np.random.default_rng(0)
+    v = 0.01 * rng.chisquare(15, 48) / 15  # what 16 samples tell of one variance
+    sizes = np.full(48, 16)
+    smooth = dynamics.epoch_means(v, sizes, dataset_size=256)
+    bridge = dynamics.bridge_variance(smooth, sizes, dataset_size=256)
+    np.testing.assert_allclose(bridge[[0, 16, 32, 48]], 0.0, atol=1e-15)
+    assert dynamics.bridge_variance(v, sizes, dataset_size=256)[16] > 1e-3
+    np.testing.assert_allclose(smooth.reshape(3, 16).mean(1), v.reshape(3, 16).mean(1))
+    constant = np.full(48, 0.01)
+    np.testing.assert_allclose(dynamics.epoch_means(constant, sizes, dataset_size=256), constant)

@@ -200,8 +200,22 @@ def test_wrong_questions(mlp_case):
 
 def test_columns(mlp_case):
     full = monitored(mlp_case, steps=1).history.to_pandas()
-    forces, path = ["mu", "kappa", "lambda_sq", "gHg"], ["dz1", "dz2", "dz3", "dz", "z", "status"]
-    assert list(full.columns) == ["step", "layer", "lr", "batch", "sigma", "gap", "eps", *forces, *path]
+    forces, path = ["mu", "kappa", "lambda_sq", "gHg"], ["dz1", "dz2", "dz3", "dz", "z"]
+    assert list(full.columns) == [
+        "step",
+        "layer",
+        "lr",
+        "batch",
+        "sigma",
+        "gap",
+        "eps",
+        *forces,
+        *path,
+        "mode",
+        "bound",
+        "remainder",
+        "status",
+    ]
     split = monitored(mlp_case, steps=1, noise="split").history.to_pandas()
     parts = ["kappa_var", "kappa_cov", "lambda_sq_var", "lambda_sq_cov"]
     assert set(split.columns) - set(full.columns) == set(parts)
