@@ -70,7 +70,9 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(8, 6, generator=generator, dtype=torch.float64), torch.randint(3, (8,), generator=generator)
 
 
-def trained(rank: int | None, kind: str, optimizer: str = "SGD", steps: int = 4) -> tuple[list[dict], list[Tensor]]:
+def trained(
+    rank: int | None, kind: str, optimizer: str = "SGD", steps: int = 4, **settings: object
+) -> tuple[list[dict], list[Tensor]]:
     """Rows and weights of a run with half of each batch; with rank None, of one process with all of it."""
     from lipdyn_torch import LipschitzMonitor
     from lipdyn_torch.distributed import full
@@ -88,7 +90,7 @@ def trained(rank: int | None, kind: str, optimizer: str = "SGD", steps: int = 4)
         fully_shard(model)
     make = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}[optimizer]
     optim = make(model.parameters(), lr=0.05)
-    with LipschitzMonitor(model, optim, noise="split") as monitor:
+    with LipschitzMonitor(model, optim, noise="split", **settings) as monitor:
         for step in range(steps):
             x, y = batch(step)
             part = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
@@ -104,6 +106,7 @@ SCENARIOS = {
     "broken": lambda rank: combined(rank, 4, broken=True),
     "ddp": lambda rank: trained(rank, "ddp"),
     "fsdp": lambda rank: trained(rank, "fsdp"),
+    "auto": lambda rank: trained(rank, "ddp", steps=14, every="auto", budget=(1e9, 1e-6)[rank]),
     "fsdp-adam": lambda rank: trained(rank, "fsdp", "Adam"),
 }
 

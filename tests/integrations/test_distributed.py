@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import math
 import os
 import subprocess
@@ -14,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 
-from lipdyn_torch import LipschitzMonitor
 from lipdyn_torch.distributed import full, pool, summarise
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -47,13 +45,10 @@ def run_workers(folder: Path, scenarios: list[str]) -> list[dict]:
     return [torch.load(folder / f"out.{rank}", weights_only=False) for rank in range(2)]
 
 
-JOINT = "process_group" in inspect.signature(LipschitzMonitor.__init__).parameters
-
-
 @pytest.fixture(scope="module")
 def combined(tmp_path_factory) -> list[dict]:
     """All scenarios in one pair of processes: starting them is what takes time."""
-    scenarios = ["even", "uneven", "broken", *(["ddp", "fsdp", "fsdp-adam"] if JOINT else [])]
+    scenarios = ["even", "uneven", "broken", "ddp", "fsdp", "fsdp-adam", "auto"]
     return run_workers(tmp_path_factory.mktemp("combined"), scenarios)
 
 
@@ -133,7 +128,6 @@ def test_whole_tensors_stay_as_they_are():
     assert full(weight) is weight
 
 
-@pytest.mark.skipif(not JOINT, reason="the monitor works alone")
 @pytest.mark.parametrize(("kind", "optimizer"), [("ddp", "SGD"), ("fsdp", "SGD"), ("fsdp-adam", "Adam")])
 def test_rows_are_those_of_one_process(combined, kind, optimizer):
     rows, weights = worker.trained(None, "alone", optimizer)
@@ -145,3 +139,9 @@ def test_rows_are_those_of_one_process(combined, kind, optimizer):
         pd.testing.assert_frame_equal(pd.DataFrame(got), want, rtol=1e-10, atol=1e-12)
         for p, q in zip(arrived, weights, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_automatic_steps_are_the_same_in_every_process(combined):
+    """One process could afford every step, the other none: the slower decides."""
+    for run in combined:
+        assert list(dict.fromkeys(row["step"] for row in run["auto"][0])) == [0, 2, 4, 6, 8]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lipdyn_torch import LipschitzMonitor, read_history
+from lipdyn_torch import read_history
 
 pytestmark = pytest.mark.slow  # each starts Python anew
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -43,10 +42,6 @@ def test_example(tmp_path, script, arguments, package, folder, files):
         assert (tmp_path / folder / name).exists()
 
 
-@pytest.mark.skipif(
-    "process_group" not in inspect.signature(LipschitzMonitor.__init__).parameters,
-    reason="the monitor works alone",
-)
 @pytest.mark.parametrize("arguments", [[], ["--shard"]], ids=["copied", "sharded"])
 def test_example_under_torchrun(tmp_path, arguments):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
