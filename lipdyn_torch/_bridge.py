@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from scipy.sparse.linalg import ArpackError, svds
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 import specpert
@@ -15,6 +19,27 @@ __all__ = [
     *("Spectrum", "cluster_values", "hessian_diagonal", "hessian_pairing"),
     *("read_spectrum", "spectral_norm", "taylor"),
 ]
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """The BLAS libraries of NumPy and SciPy (torch's is its own)."""
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _one_thread(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Keep NumPy's and SciPy's threads out of the way of torch's, which wait for work and would share the cores."""
+
+    @wraps(function)
+    def limited(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with _blas().limit(limits=1):
+            return function(*args, **kwargs)
+
+    return limited
 
 
 @dataclass(frozen=True)
@@ -65,6 +90,7 @@ class Spectrum:
 REPEATED = "largest singular value is repeated"
 
 
+@_one_thread
 def read_spectrum(matrices: Tensor) -> Spectrum:
     """The spectrum of a float64 matrix (m, n) or of several (g, m, n); never raises for numerical reasons.
 
@@ -110,21 +136,25 @@ def _attaining(matrices: Tensor) -> tuple[int, float]:
     return group, float(top.max())
 
 
+@_one_thread
 def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor) -> Tensor:
     """``D^2 sigma[G, G]`` from ``p = G v`` (..., m) and ``q = G^T u`` (..., n); shape (...) (theory 1.3)."""
     return specpert.SigmaHessian(spectrum.triplet).from_projections(p, q)
 
 
+@_one_thread
 def hessian_diagonal(spectrum: Spectrum) -> Tensor:
     """The diagonal of the Hessian of sigma as a matrix (m, n) (theory 2.4)."""
     return specpert.SigmaHessian(spectrum.matrix).diagonal()  # needs all singular vectors
 
 
+@_one_thread
 def taylor(spectrum: Spectrum, step: Tensor) -> list[float]:
     """Taylor coefficients (sigma, D1, D2/2, D3/6) of sigma along ``step`` (m, n) (theory 1.4)."""
     return [float(c) for c in specpert.sigma_series(spectrum.triplet, step, 3).coefficients]
 
 
+@_one_thread
 def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -> list[float] | None:
     """Largest singular value after ``steps`` (g, m, n), to order 1, 2, 3, by effective matrices (theory 2.8, 1.8).
 
@@ -166,6 +196,7 @@ def _singular_values(matrices: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
 
 
+@_one_thread
 def spectral_norm(matrix: Tensor) -> float:
     """``||matrix||_2``: by Lanczos on the CPU, from the Gram matrix of the smaller side for small ones and elsewhere.
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lipdyn_torch._bridge import Spectrum
 from lipdyn_torch._hooks import Call, Pass, Watch
+from lipdyn_torch.distributed import full
 from lipdyn_torch.layers import Block, double
 from lipdyn_torch.noise import GradientNoise, common_factor
 from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
@@ -107,7 +108,7 @@ def _check(caught: Caught, optimizer: Optimizer, owned: list[dict[str, Any] | No
     """What makes the forces meaningless before anything is computed."""
     watch, problems = caught.watch, caught.problems
     problems += watch.problems
-    gradients = [p.grad for p in watch.parameters if p.requires_grad and p.grad is not None]
+    gradients = [full(p.grad) for p in watch.parameters if p.requires_grad and p.grad is not None]
     if None in owned:
         problems.append(UNOWNED)
     found_inf = getattr(optimizer, "found_inf", None)
@@ -132,7 +133,7 @@ def _respond(
     responses: list[Response] = []
     for p in watch.parameters:
         if not p.requires_grad or p.grad is None:  # it stays where it is
-            still = torch.zeros_like(p, dtype=torch.float64)
+            still = torch.zeros_like(double(p))
             responses.append(Response(still, still, 0.0))
             continue
         response = respond(optimizer, groups[id(p)], p)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import Spectrum, read_spectrum
+from lipdyn_torch.distributed import full
 from lipdyn_torch.layers import Block, LayerRule, double
 
 __all__ = ["Call", "Switch", "Tap", "Watch"]
@@ -105,7 +106,7 @@ class Watch:
 
     def cleared(self) -> bool:
         """Whether the gradients are gone, though contributions to them were caught."""
-        return all(p.grad is None or not bool(p.grad.any()) for p in self.parameters if p.requires_grad)
+        return all(p.grad is None or not bool(full(p.grad).any()) for p in self.parameters if p.requires_grad)
 
     def receive(self, call: Call, backward: int) -> None:
         """Contract one call's input with the gradient of its output (theory 2.4), or keep them for later."""

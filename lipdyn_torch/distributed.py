@@ -24,7 +24,7 @@ from torch import Tensor
 from lipdyn_torch._bridge import Spectrum, hessian_diagonal, hessian_pairing
 from lipdyn_torch.noise import GradientNoise, NoiseTerms
 
-__all__ = ["JointNoise", "active", "combine", "full", "pool", "share", "summarise"]
+__all__ = ["JointNoise", "active", "agree", "combine", "full", "pool", "share", "summarise"]
 
 ELSEWHERE = "noise terms not known in every process"
 
@@ -54,6 +54,21 @@ def active(group: dist.ProcessGroup | None = None) -> bool:
     False
     """
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def agree(number: int, device: torch.device, group: dist.ProcessGroup | None = None) -> int:
+    """The largest of the processes' numbers, so that all do the same; all processes must call it.
+
+    Examples
+    --------
+    >>> agree(3, torch.device("cpu"))
+    3
+    """
+    if not active(group):
+        return number
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return int(largest)
 
 
 class Layer(Protocol):

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipdyn_torch.distributed import full
+
 __all__ = ["Block", "EmbeddingRule", "LayerRule", "LinearRule", "find_rule", "register_rule", "unsupported_reason"]
 
 # Where per-sample gradients must exist at all, never more than this many numbers at a time.
@@ -234,8 +236,8 @@ def working(a: Tensor) -> Tensor:
 
 
 def double(tensor: Tensor) -> Tensor:
-    """A dense float64 copy, without graph."""
-    tensor = tensor.detach()
+    """A dense, whole float64 copy, without graph."""
+    tensor = full(tensor.detach())
     return (tensor.to_dense() if tensor.is_sparse else tensor).to(torch.float64, copy=True)
 
 

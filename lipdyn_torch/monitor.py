@@ -17,6 +17,7 @@ import lipdyn_torch.convolution_rules  # noqa: F401  (registers its rules)
 from lipdyn_torch._collect import Caught, collect, settle
 from lipdyn_torch._hooks import Switch, listen
 from lipdyn_torch._measure import Measurement, network_row
+from lipdyn_torch.distributed import active, agree, share
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
 from lipdyn_torch.history import History, Sink
 from lipdyn_torch.schedule import Schedule
@@ -63,6 +64,9 @@ class LipschitzMonitor:
     reference : callable, optional
         Another mean gradient to take a drift of, column ``mu_ref``: ``reference(model)`` gives gradients by
         parameter name, `lipdyn_torch.reference.MeanGradient` for example (theory 2.7).
+    process_group : torch.distributed.ProcessGroup, optional
+        The processes that split the batch (DistributedDataParallel, ``fully_shard``), each with a monitor of the
+        inner model; by default all. Every process has the rows of the joint batch; give one of them the sinks.
     sinks : iterable of Sink
         Receive the rows of each step as they are made, `JsonLinesSink` for example.
 
@@ -148,6 +152,7 @@ class LipschitzMonitor:
         sampling: str = "shuffle",
         dataset_size: int | None = None,
         reference: Callable[[nn.Module], Mapping[str, torch.Tensor]] | None = None,
+        process_group: Any = None,
         sinks: Iterable[Sink] = (),
     ) -> None:
         sinks = list(sinks)
@@ -158,7 +163,8 @@ class LipschitzMonitor:
         self._optimizer = optimizer
         self._split = noise == "split"
         self._reference = reference
-        self._schedule = Schedule(every, budget, warmup)
+        self._group = process_group
+        self._schedule = Schedule(every, budget, warmup, self._agree)
         self._step = 0
         self._clock: float | None = None
         self._pending: list[Measurement] | None = None
@@ -324,6 +330,10 @@ class LipschitzMonitor:
         self._pending, self._inside = None, False
         self._finish(due)
 
+    def _agree(self, period: int) -> int:
+        """All processes measure the same steps: those the slowest of them can afford."""
+        return agree(period, self._watches[0].spectrum.matrices.device, self._group)
+
     def _finish(self, measured: bool) -> None:
         """Count the step and decide on the next."""
         now = time.perf_counter()
@@ -381,6 +391,8 @@ class LipschitzMonitor:
         reference = self._mean_gradient()
         caught = [collect(watch, self._optimizer, groups, outer, self._split, reference) for watch in self._watches]
         outer.clear()
+        if active(self._group):
+            share(caught, self._group)
         settle(caught)
         if any(norm.training for norm in self._batch_norms):
             for layer in caught:

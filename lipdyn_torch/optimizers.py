@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lipdyn_torch.distributed import full
+
 __all__ = ["Response", "mean_drift", "respond"]
 
 
@@ -59,7 +61,7 @@ class Response:
     def explains(self, change: Tensor, parameter: Tensor) -> bool:
         """Whether the change really made is `step`, up to the rounding of the parameter (its old value)."""
         eps = torch.finfo(parameter.dtype).eps
-        rounding = 8 * eps * float(torch.linalg.vector_norm(parameter.detach().double()))
+        rounding = 8 * eps * float(torch.linalg.vector_norm(full(parameter.detach()).double()))
         size = float(torch.linalg.vector_norm(self.step))
         return float(torch.linalg.vector_norm(change - self.step)) <= rounding + 1e-3 * size
 
@@ -97,14 +99,14 @@ def mean_drift(group: dict[str, Any], response: Response, gradient: Tensor, para
     """
     if group.get("decoupled_weight_decay", False):
         group = {**group, "weight_decay": 0.0}
-    g = response.gain * _with_decay(group, gradient.to(torch.float64), parameter)
+    g = response.gain * _with_decay(group, full(gradient).to(torch.float64), parameter)
     return g if response.weights is None else response.weights * g
 
 
 def gradient_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
     """The gradient in true units, dense, in float64: fused optimisers undo the loss scale only inside the step."""
     assert parameter.grad is not None
-    g = parameter.grad.detach()
+    g = full(parameter.grad.detach())
     g = (g.to_dense() if g.is_sparse else g).to(torch.float64, copy=True)
     scale = getattr(optimizer, "grad_scale", None)
     return g if scale is None else g / float(scale)
@@ -113,7 +115,7 @@ def gradient_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
 def _with_decay(group: dict[str, Any], g: Tensor, parameter: Tensor) -> Tensor:
     """The gradient as the optimiser's formula has it: sign, and coupled weight decay."""
     g = -g if group.get("maximize", False) else g
-    return g + float(group.get("weight_decay", 0.0)) * parameter.detach().double()
+    return g + float(group.get("weight_decay", 0.0)) * full(parameter.detach()).double()
 
 
 def _sgd(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Tensor) -> Response | str:
@@ -124,7 +126,7 @@ def _sgd(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Ten
     if not 0.0 < beta < 1.0:
         return f"momentum {beta:g}: the responses to a gradient have no sum"
     held = state.get("momentum_buffer")
-    buffer = g if held is None else beta * held.double() + (1.0 - tau) * g
+    buffer = g if held is None else beta * full(held).double() + (1.0 - tau) * g
     gain = (1.0 - tau) / (1.0 - beta)
     return Response(gain * g, -lr * (g + beta * buffer if group["nesterov"] else buffer), gain)
 
@@ -158,13 +160,13 @@ def _adam(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Te
     drift = W * mean / (1.0 - beta1**taken)
     if not decoupled:
         return Response(drift, -lr * drift, 1.0, W)
-    return Response(drift, -lr * (drift + decay * parameter.detach().double()), 1.0, W, decay)
+    return Response(drift, -lr * (drift + decay * full(parameter.detach()).double()), 1.0, W, decay)
 
 
 def _held(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
     """A tensor of the optimiser's state in float64; zeros before the first step."""
     held = state.get(name)
-    return torch.zeros_like(like) if held is None else held.double()
+    return torch.zeros_like(like) if held is None else full(held).double()
 
 
 _RESPONSES: dict[type[Optimizer], Callable[..., Response | str]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["Schedule"]
@@ -27,6 +28,8 @@ class Schedule:
         Per cent of the time of the unmeasured steps.
     warmup : int
         Measure none of the first so many steps.
+    agree : callable, optional
+        With "auto": what all processes make of the period that one of them can afford.
 
     Examples
     --------
@@ -40,9 +43,16 @@ class Schedule:
     400
     """
 
-    def __init__(self, every: int | str = 1, budget: float = 5.0, warmup: int = 0) -> None:
+    def __init__(
+        self,
+        every: int | str = 1,
+        budget: float = 5.0,
+        warmup: int = 0,
+        agree: Callable[[int], int] = int,
+    ) -> None:
         self.auto = every == "auto"
         self.budget = budget
+        self.agree = agree
         self.next = warmup
         self.period = 1 if isinstance(every, str) else every
         self._times: dict[bool, deque[float]] = {kind: deque(maxlen=_MEMORY) for kind in (False, True)}
@@ -63,7 +73,7 @@ class Schedule:
         if step < self.next:
             return
         if self.auto:
-            self.period = self._affordable()
+            self.period = self.agree(self._affordable())
         self.next = step + self.period
 
     def _affordable(self) -> int:

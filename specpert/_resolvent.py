@@ -134,6 +134,15 @@ def gram_solver(K: np.ndarray, u: np.ndarray, sigma: float) -> Callable[[np.ndar
     return lambda b: cho_solve(factor, b, check_finite=False)
 
 
+def top_two(K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The two largest eigenvalues of K, ascending, and their vectors."""
+    from scipy.linalg import eigh
+
+    r = len(K)
+    w, X = eigh(K, subset_by_index=[r - 2, r - 1], check_finite=False)
+    return w, X
+
+
 def eigen_solver(w: np.ndarray, X: np.ndarray, sigma: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """Solve (sigma_j^2 I - K) x = b on the span of the eigenvectors X of K (values w), for column j."""
     weights = 1 / (sigma * sigma - w[:, None])

@@ -45,6 +45,7 @@ from specpert._resolvent import (
     from_thin_svd,
     gram_solver,
     top_of_gram,
+    top_two,
 )
 from specpert.result import (
     ConvergenceError,
@@ -55,6 +56,8 @@ from specpert.result import (
 )
 
 _GRAM_FROM = 64  # smaller side from which the Gram matrix beats the SVD for the top value
+# From this side on SciPy's partial decomposition and Cholesky pay; below, its pool of threads beside NumPy's costs more
+_CHOLESKY_FROM = 256
 METHODS = ("auto", "svd", "gram", "lanczos")
 
 
@@ -414,17 +417,17 @@ def _cast(triplet: SingularTriplet, dtype: Any) -> SingularTriplet:
 def _by_gram(A: np.ndarray, c: int, cluster: bool, e: Array, tol: float, like: Array, xp: Namespace) -> SingularTriplet:
     """Top triplet, or cluster of the c largest values, of one matrix on the CPU from its smaller Gram matrix.
 
-    In float64 at least. A cluster takes all eigenvectors of the Gram matrix, one value a Cholesky factorisation.
+    In float64 at least. A cluster or a small matrix takes all eigenvectors of the Gram matrix, one value of a large one
+    a Cholesky factorisation.
     """
-    from scipy.linalg import eigh
-
     wide = A.shape[0] <= A.shape[1]
     dtype = np.result_type(A.dtype, np.float64)
     B = (A if wide else adjoint(A, np)).astype(dtype, copy=False)
     Ba = adjoint(B, np)
     K = B @ Ba
     r = len(K)
-    w, X = eigh(K, subset_by_index=None if cluster else [r - 2, r - 1], check_finite=False)
+    whole = cluster or r < _CHOLESKY_FROM
+    w, X = np.linalg.eigh(K) if whole else top_two(K)
     w, X = w[::-1], X[:, ::-1]
     u = X[:, :c]
     v = Ba @ u
@@ -436,7 +439,9 @@ def _by_gram(A: np.ndarray, c: int, cluster: bool, e: Array, tol: float, like: A
     index = tuple(range(c)) if cluster else 0
     gap, status = isolation(s, tuple(range(c)), A.shape[0] != A.shape[1], cluster, tol, np)
     margin = np.asarray(10 * max(A.shape) * float(np.finfo(dtype).eps) * s[0])
-    solve = eigen_solver(w[c:], X[:, c:], s[:c]) if cluster else gram_solver(K, u, float(s[0]))
+    if whole and w[c - 1] - w[c] <= 100 * r * float(np.finfo(dtype).eps) * w[0]:
+        raise np.linalg.LinAlgError("the gap is within rounding")
+    solve = eigen_solver(w[c:], X[:, c:], s[:c]) if whole else gram_solver(K, u, float(s[0]))
     resolvent = SmallSideResolvent(solve, (lambda x: B @ x, lambda y: Ba @ y), u, v, s[:c], mirrored=not wide)
     s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, margin))
     wrapped = resolvent if is_numpy(like) else HostResolvent(resolvent, like, xp)
