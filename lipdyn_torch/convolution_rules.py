@@ -18,9 +18,6 @@ from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule, working
 
 __all__ = ["ConvRule", "ConvTransposeRule"]
 
-_CONVOLVE: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
-
-
 class ConvRule(LayerRule):
     """``nn.Conv1d``, ``Conv2d``, ``Conv3d`` as the reshaped kernel (co, ci k), with any stride, padding, dilation.
 
@@ -46,21 +43,22 @@ class ConvRule(LayerRule):
         block: Block,
         weights: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """``p_i = sum_t delta_it conv(x_i; v)_t``; ``q_i`` the kernel gradient for output gradient ``u . delta_i``."""
+        """``p_i = sum_t delta_it conv(x_i; v)_t``; ``q_i`` the kernel gradient for the output gradient ``u . delta_i``."""
         if weights is not None:
             return super().contract(module, x, delta, u, v, block, weights)
         x, delta = self.operands(module, working(x), working(delta), block.group)
         u, v = u.to(delta.dtype), v.to(x.dtype)
-        kernel = v.reshape(1, x.shape[1], *module.kernel_size)
-        convolve = _CONVOLVE[len(module.kernel_size)]
-        response = convolve(x, kernel, stride=module.stride, dilation=module.dilation)[:, 0]
-        response = response[(slice(None), *(slice(0, size) for size in delta.shape[2:]))]
-        p = torch.einsum("iot,it->io", delta.flatten(2), response.flatten(1))
-        # q_i is the kernel gradient of a one-channel convolution: correlate each input channel with
-        # u . delta_i laid out at the places every kernel tap reads. Only one channel is ever unfolded.
-        placed = _taps(module, torch.einsum("io...,o->i...", delta, u), x.shape[2:])
-        q = torch.einsum("ics,isk->ick", x.flatten(2), placed)
-        return p.double(), q.flatten(1).double()
+        taps, size, out = module.weight[0, 0].numel(), x.shape[2:], delta.shape[2:]
+        kernel = v.reshape(x.shape[1], taps).T
+        p, q = [], []
+        # Everything is a product of matrices with the channels: only one channel for each tap is ever unfolded.
+        for chunk in chunks(len(x), taps * x[0, 0].numel()):
+            a, d = x[chunk].flatten(2), delta[chunk].flatten(2)
+            response = _gathered(module, (kernel @ a).unflatten(2, size), out)
+            p.append((response.flatten(1)[:, None] @ d.mT)[:, 0])
+            placed = _scattered(module, (u @ d).unflatten(1, out), size)
+            q.append((placed.flatten(2) @ a.mT).mT.flatten(1))
+        return torch.cat(p).double(), torch.cat(q).double()
 
     def per_sample(self, module: Any, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """Kernel gradients from unfolded patches, a chunk of samples at a time."""
@@ -110,16 +108,29 @@ def _padded(module: Any, x: Tensor) -> Tensor:
     return functional.pad(x, width, mode=mode) if any(width) else x
 
 
-def _taps(module: Any, t: Tensor, size: torch.Size) -> Tensor:
-    """(M, *out) to (M, S, K): column k holds ``t`` at the input pixels that tap k reads."""
-    placed = t.new_zeros(len(t), *size, *module.kernel_size)
+def _taps(module: Any, out: torch.Size) -> Iterator[tuple[slice, ...]]:
+    """For each kernel tap, the input pixels it reads for the output pixels ``out``."""
     for tap in itertools.product(*(range(k) for k in module.kernel_size)):
-        where = tuple(
-            slice(a * d, a * d + (out - 1) * s + 1, s)
-            for a, d, s, out in zip(tap, module.dilation, module.stride, t.shape[1:], strict=True)
+        yield tuple(
+            slice(a * d, a * d + (places - 1) * s + 1, s)
+            for a, d, s, places in zip(tap, module.dilation, module.stride, out, strict=True)
         )
-        placed[(slice(None), *where, *(slice(a, a + 1) for a in tap))] = t[(..., *(None for _ in tap))]
-    return placed.flatten(1, len(size)).flatten(2)
+
+
+def _gathered(module: Any, planes: Tensor, out: torch.Size) -> Tensor:
+    """(M, K, *size) to (M, *out): what tap k reads of plane k, added up."""
+    total = planes.new_zeros(len(planes), *out)
+    for k, where in enumerate(_taps(module, out)):
+        total += planes[(slice(None), k, *where)]
+    return total
+
+
+def _scattered(module: Any, t: Tensor, size: torch.Size) -> Tensor:
+    """(M, *out) to (M, K, *size), the adjoint: plane k holds ``t`` at the input pixels that tap k reads."""
+    placed = t.new_zeros(len(t), module.weight[0, 0].numel(), *size)
+    for k, where in enumerate(_taps(module, t.shape[1:])):
+        placed[(slice(None), k, *where)] = t
+    return placed
 
 
 def _patches(module: Any, x: Tensor, out: torch.Size) -> Tensor:

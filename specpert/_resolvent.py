@@ -10,8 +10,9 @@ al = U^* f, be = V^* g (..., r, c); K = A A^* (m <= n) the Gram matrix of the sm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class SmallSideResolvent:
 
     def __init__(
         self,
-        solve: Callable[[np.ndarray], np.ndarray],
+        solve: Solver,
         products: tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]],
         u: np.ndarray,
         v: np.ndarray,
@@ -92,9 +93,7 @@ class SmallSideResolvent:
         if self.mirrored:
             f, g = g, f
         f, g, r = self._reduce(f, g)
-        x = self.solve(r)
-        forms = np.sum(_square(g), axis=0) + np.sum(r.real * x.real + r.imag * x.imag, axis=0)
-        return np.asarray(forms / self.sigma)
+        return np.asarray((np.sum(_square(g), axis=0) + self.solve.form(r)) / self.sigma)
 
     @property
     def residuals(self) -> list[float]:
@@ -121,17 +120,118 @@ def _square(x: np.ndarray) -> np.ndarray:
     return np.asarray(x.real**2 + x.imag**2)
 
 
-def gram_solver(K: np.ndarray, u: np.ndarray, sigma: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Solve (sigma^2 I - K) x = b on the complement of the top vector u, by one Cholesky factorisation.
+class Solver(Protocol):
+    """Solves (sigma^2 I - K) x = b for columns b (r, c), where it can be solved."""
 
-    Raises numpy.linalg.LinAlgError unless u is the top vector: the matrix is then not positive definite.
+    def __call__(self, b: np.ndarray) -> np.ndarray:
+        """The solution x (r, c)."""
+
+    def form(self, b: np.ndarray) -> np.ndarray:
+        """b^* x of each column (c,)."""
+
+
+class CholeskySolver:
+    """On the complement of a: M = theta (I + a a^*) - K = L L^*.
+
+    Raises numpy.linalg.LinAlgError unless M is positive definite; K then has at most one eigenvalue above theta.
     """
-    from scipy.linalg import cho_factor, cho_solve
 
-    M = (sigma * sigma) * (u @ u.conj().T) - K
-    M[np.diag_indices_from(M)] += sigma * sigma
-    factor = cho_factor(M, lower=True, overwrite_a=True, check_finite=False)
-    return lambda b: cho_solve(factor, b, check_finite=False)
+    def __init__(self, K: np.ndarray, a: np.ndarray, theta: float) -> None:
+        from scipy.linalg import cho_factor
+
+        M = (theta * a) @ a.conj().T
+        M -= K
+        M[np.diag_indices_from(M)] += theta
+        # the Hermitian matrix column by column, as LAPACK wants it, without a transposed copy
+        columns = M.conj().T if np.iscomplexobj(M) else M.T
+        self.L, _ = cho_factor(columns, lower=True, overwrite_a=True, check_finite=False)
+
+    def __call__(self, b: np.ndarray) -> np.ndarray:
+        from scipy.linalg import cho_solve
+
+        return np.asarray(cho_solve((self.L, True), b, check_finite=False))
+
+    def form(self, b: np.ndarray) -> np.ndarray:
+        """||L^-1 b||^2 of each column: half the work of a solution."""
+        from scipy.linalg import solve_triangular
+
+        return np.asarray(np.sum(_square(solve_triangular(self.L, b, lower=True, check_finite=False)), axis=0))
+
+
+class EigenSolver:
+    """On the span of the eigenvectors X (r, j) of K with values w (j,), for column i with its own sigma_i (c,)."""
+
+    def __init__(self, w: np.ndarray, X: np.ndarray, sigma: np.ndarray) -> None:
+        self.X, self.weights = X, 1 / (sigma * sigma - w[:, None])
+
+    def __call__(self, b: np.ndarray) -> np.ndarray:
+        return np.asarray(self.X @ (self.weights * (self.X.conj().T @ b)))
+
+    def form(self, b: np.ndarray) -> np.ndarray:
+        """As of the protocol."""
+        return np.asarray(np.sum(self.weights * _square(self.X.conj().T @ b), axis=0))
+
+
+def isolated_top(K: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
+    """The largest eigenvalue of K and (an upper estimate of) the next one, the vector (r, 1), and its solver.
+
+    From a start vector (r, 1) near the top one, or from Lanczos: a Cholesky factorisation that succeeds proves that no
+    second eigenvalue is above the Rayleigh quotient, and its inverse then polishes the vector. Where that fails, from
+    the two eigenvectors themselves. Raises numpy.linalg.LinAlgError where K cannot tell the two values apart.
+    """
+    r, rounding = len(K), float(np.finfo(K.dtype).eps)
+    a = solver = theta = None
+    for guess in (lambda: start, lambda: _lanczos_top(K)):
+        try:
+            if (a := guess()) is not None:
+                theta = _rayleigh(K, a)
+                solver = CholeskySolver(K, a, theta)
+                break
+        except (ConvergenceError, np.linalg.LinAlgError):
+            continue
+    if a is None or theta is None or solver is None:
+        w, X = top_two(K)
+        u = X[:, 1:]
+        return w[::-1], u, CholeskySolver(K, u, float(w[1]))
+    u, last = a, math.inf
+    for _ in range(8):
+        residual = K @ u - theta * u
+        size = float(np.linalg.norm(residual))
+        if size <= 4 * rounding * theta or size > last / 2:
+            break
+        correction = solver(residual)
+        u = u + correction - a @ (a.conj().T @ correction)
+        u = u / np.linalg.norm(u)
+        theta, last = _rayleigh(K, u), size
+    drift = float(np.linalg.norm(u - a @ (a.conj().T @ u)))
+    second = _next_value(K, u, solver)
+    if theta * drift**2 > 64 * rounding * (theta - second):  # the shift was not yet that of the vector
+        solver = CholeskySolver(K, u, theta)
+    return np.array([theta, second]), u, solver
+
+
+def _rayleigh(K: np.ndarray, u: np.ndarray) -> float:
+    return float((u.conj().T @ (K @ u)).real[0, 0])
+
+
+def _lanczos_top(K: np.ndarray) -> np.ndarray:
+    start = np.random.default_rng(0).standard_normal(len(K)).astype(K.dtype)
+    _, X = _lanczos(lambda x: K @ x, len(K), 1, start, K.dtype, 1e-11)  # so accurate that one factorisation will do
+    return X
+
+
+def _next_value(K: np.ndarray, u: np.ndarray, solver: CholeskySolver) -> float:
+    """Upper estimate of the largest eigenvalue of K on the complement of u, by Lanczos on the inverse."""
+
+    def inverse(x: np.ndarray) -> np.ndarray:
+        y = solver(x - u @ (u.conj().T @ x))
+        return y - u @ (u.conj().T @ y)
+
+    start = np.random.default_rng(1).standard_normal((len(K), 1)).astype(K.dtype)
+    start = start - u @ (u.conj().T @ start)
+    _, x = _lanczos(inverse, len(K), 1, start[:, 0], K.dtype, 1e-8, least_width=10)
+    value = _rayleigh(K, x)
+    return value + float(np.linalg.norm(K @ x - value * x))
 
 
 def top_two(K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,12 +241,6 @@ def top_two(K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     r = len(K)
     w, X = eigh(K, subset_by_index=[r - 2, r - 1], check_finite=False)
     return w, X
-
-
-def eigen_solver(w: np.ndarray, X: np.ndarray, sigma: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Solve (sigma_j^2 I - K) x = b on the span of the eigenvectors X of K (values w), for column j."""
-    weights = 1 / (sigma * sigma - w[:, None])
-    return lambda b: X @ (weights * (X.conj().T @ b))
 
 
 class IterativeSolver:
@@ -167,6 +261,11 @@ class IterativeSolver:
         solved = [self._solve(column) for column in b.T]
         self.residuals.append(max(residual for _, residual in solved))
         return np.stack([x for x, _ in solved], axis=1)
+
+    def form(self, b: np.ndarray) -> np.ndarray:
+        """As of the protocol."""
+        x = self(b)
+        return np.asarray(np.sum(b.real * x.real + b.imag * x.imag, axis=0))
 
     def _matvec(self, x: np.ndarray) -> np.ndarray:
         # sigma^2 on the span of X, where the solution has no part, keeps the matrix positive definite
@@ -241,12 +340,18 @@ def _next_of_gram(
 
 
 def _lanczos(
-    product: Callable[[np.ndarray], np.ndarray], size: int, count: int, start: np.ndarray, dtype: Any, tolerance: float
+    product: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    count: int,
+    start: np.ndarray,
+    dtype: Any,
+    tolerance: float,
+    least_width: int = 24,
 ) -> tuple[np.ndarray, np.ndarray]:
     from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 
     operator = LinearOperator((size, size), matvec=lambda x: product(x.reshape(-1, 1)).reshape(-1), dtype=dtype)
-    width = min(size, max(2 * count + 1, 24))
+    width = min(size, max(2 * count + 1, least_width))
     try:
         w, X = eigsh(operator, k=count, which="LA", v0=start, tol=tolerance, ncv=width, maxiter=500)
     except ArpackNoConvergence as error:

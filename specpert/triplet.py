@@ -37,15 +37,15 @@ from specpert._arrays import (
 )
 from specpert._operators import Operator, as_operator, is_operator
 from specpert._resolvent import (
+    EigenSolver,
     HostResolvent,
     IterativeSolver,
     Resolvent,
     SmallSideResolvent,
-    eigen_solver,
+    Solver,
     from_thin_svd,
-    gram_solver,
+    isolated_top,
     top_of_gram,
-    top_two,
 )
 from specpert.result import (
     ConvergenceError,
@@ -193,14 +193,15 @@ def singular_triplet(
     k : int or sequence of int
         Index of the value, 0 being the largest; a sequence asks for several, which share one decomposition.
     v0 : array, shape (n,), optional
-        Start for the right singular vector (Lanczos only), for example that of a matrix nearby.
+        Start for the right singular vector, for example that of a matrix nearby; used by Lanczos and, for a min(m, n)
+        of 256 or more, by the Gram method. It saves time and changes nothing else.
     method : {"auto", "svd", "gram", "lanczos"}
         A thin SVD; for the largest value of one NumPy matrix the Gram matrix of the smaller side with a Cholesky
         factorisation, many times faster and as accurate for k = 0; or Lanczos with conjugate gradients, for sparse
         arrays and operators. "auto" takes the fastest that is as accurate as the SVD.
     gap_tol : float, optional
         Distance to the next singular value, relative to the largest one, below which the value counts as tied.
-        Default 10 max(m, n) eps, the error of the decomposition itself.
+        Default 10 max(m, n) eps, the error of the decomposition itself; a Gram matrix is decomposed in float64.
 
     Returns
     -------
@@ -253,13 +254,12 @@ def prepare(
         if method in ("svd", "gram"):
             raise ValueError(f"expected a dense array for method={method!r}, got {type(A).__name__}; convert it to one")
         return _prepare_operators(A, k, directions, names, cluster, gap_tol, v0)
-    if v0 is not None:
-        raise ValueError(
-            "expected v0 with a sparse array, an operator or method='lanczos' only; nothing else starts from it"
-        )
+    if v0 is not None and (prepared or method == "svd"):
+        what = "a triplet" if prepared else "method='svd'"
+        raise ValueError(f"expected no v0 with {what}, which does not start from one")
     if not prepared:
         xp, (A, *arrays) = as_arrays(A, *directions, names=["A", *names])
-        triplet = _by_dense(A, k, gap_tol, cluster, method, xp)
+        triplet = _by_dense(A, k, gap_tol, cluster, method, xp, v0)
     else:
         triplet, xp, arrays = A, A._xp, []
         if directions:
@@ -344,12 +344,17 @@ def _tuple(k: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _by_dense(
-    A: Array, k: int | Sequence[int], gap_tol: float | None, cluster: bool, method: str, xp: Namespace
+    A: Array,
+    k: int | Sequence[int],
+    gap_tol: float | None,
+    cluster: bool,
+    method: str,
+    xp: Namespace,
+    v0: Any = None,
 ) -> SingularTriplet:
     check_matrix(A, "A", xp)
     m, n = A.shape[-2:]
     index = check_indices(k, min(m, n), cluster=cluster)
-    tol = 10 * max(m, n) * eps(A, xp) if gap_tol is None else gap_tol
     e = exponent(magnitude(A, xp), xp)
     scaled = ldexp(A, -e[..., None, None], xp)
     wanted = method == "gram" or (method == "auto" and min(m, n) >= _GRAM_FROM)
@@ -363,13 +368,14 @@ def _by_dense(
         )
     if view is not None:
         try:
-            return _by_gram(view, count, cluster, e, tol, scaled, xp)
+            return _by_gram(view, count, cluster, e, gap_tol, scaled, xp, v0)
         except np.linalg.LinAlgError:  # the gap is within rounding of K: let the SVD decide whether it is a tie
             if method == "gram":
                 raise ConvergenceError(
                     "expected sigma_0 to be isolated well above rounding for method='gram', got a Gram matrix whose "
                     "shift is not positive definite; use method='svd'"
                 ) from None
+    tol = 10 * max(m, n) * eps(A, xp) if gap_tol is None else gap_tol
     U, s, Vh = xp.linalg.svd(scaled, full_matrices=False)
     gap, status = isolation(s, _tuple(index), m != n, cluster, tol, xp)
     margin = 10 * max(m, n) * eps(A, xp) * s[..., 0]
@@ -414,7 +420,16 @@ def _cast(triplet: SingularTriplet, dtype: Any) -> SingularTriplet:
     return _assemble(cast, (xp.astype(U, dtype), floats(s), xp.astype(V, dtype)), cast.k, cast._gap)
 
 
-def _by_gram(A: np.ndarray, c: int, cluster: bool, e: Array, tol: float, like: Array, xp: Namespace) -> SingularTriplet:
+def _by_gram(
+    A: np.ndarray,
+    c: int,
+    cluster: bool,
+    e: Array,
+    gap_tol: float | None,
+    like: Array,
+    xp: Namespace,
+    v0: Any,
+) -> SingularTriplet:
     """Top triplet, or cluster of the c largest values, of one matrix on the CPU from its smaller Gram matrix.
 
     In float64 at least. A cluster or a small matrix takes all eigenvectors of the Gram matrix, one value of a large one
@@ -426,10 +441,13 @@ def _by_gram(A: np.ndarray, c: int, cluster: bool, e: Array, tol: float, like: A
     Ba = adjoint(B, np)
     K = B @ Ba
     r = len(K)
-    whole = cluster or r < _CHOLESKY_FROM
-    w, X = np.linalg.eigh(K) if whole else top_two(K)
-    w, X = w[::-1], X[:, ::-1]
-    u = X[:, :c]
+    solve: Solver | None = None
+    if cluster or r < _CHOLESKY_FROM:
+        w, X = np.linalg.eigh(K)
+        w, X = w[::-1], X[:, ::-1]
+        u = X[:, :c]
+    else:
+        w, u, solve = isolated_top(K, None if v0 is None else _on_smaller_side(v0, A.shape[1], B.__matmul__, dtype, wide))
     v = Ba @ u
     s = np.sqrt(np.maximum(w, 0.0))
     s[:c] = np.linalg.norm(v, axis=0)
@@ -437,11 +455,15 @@ def _by_gram(A: np.ndarray, c: int, cluster: bool, e: Array, tol: float, like: A
         raise np.linalg.LinAlgError("zero singular value")
     v /= s[:c]
     index = tuple(range(c)) if cluster else 0
+    # the error of the decomposition, and that with which a single-precision matrix was rounded to itself
+    error = 10 * max(max(A.shape) * float(np.finfo(dtype).eps), float(np.finfo(A.dtype).eps))
+    tol = error if gap_tol is None else gap_tol
     gap, status = isolation(s, tuple(range(c)), A.shape[0] != A.shape[1], cluster, tol, np)
     margin = np.asarray(10 * max(A.shape) * float(np.finfo(dtype).eps) * s[0])
-    if whole and w[c - 1] - w[c] <= 100 * r * float(np.finfo(dtype).eps) * w[0]:
-        raise np.linalg.LinAlgError("the gap is within rounding")
-    solve = eigen_solver(w[c:], X[:, c:], s[:c]) if whole else gram_solver(K, u, float(s[0]))
+    if solve is None:
+        if w[c - 1] - w[c] <= 100 * r * float(np.finfo(dtype).eps) * w[0]:
+            raise np.linalg.LinAlgError("the gap is within rounding")
+        solve = EigenSolver(w[c:], X[:, c:], s[:c])
     resolvent = SmallSideResolvent(solve, (lambda x: B @ x, lambda y: Ba @ y), u, v, s[:c], mirrored=not wide)
     s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, margin))
     wrapped = resolvent if is_numpy(like) else HostResolvent(resolvent, like, xp)
@@ -613,17 +635,26 @@ def _start(v0: Any, B: Operator, wide: bool) -> np.ndarray:
 
     A little of a random vector (of a fixed seed) is mixed into the caller's, which may lie in an invariant subspace.
     """
-    m, n = B.shape
-    start: np.ndarray = np.random.default_rng(0).standard_normal(min(m, n)).astype(B.dtype)
+    start: np.ndarray = np.random.default_rng(0).standard_normal(min(B.shape)).astype(B.dtype)
     if v0 is None:
         return start
-    v0 = np.asarray(v0)
+    warm = _on_smaller_side(v0, B.shape[1], B.apply, B.dtype, wide)[:, 0]
+    return warm + 1e-4 * start / float(np.linalg.norm(start))
+
+
+def _on_smaller_side(
+    v0: Any, n: int, apply: Callable[[np.ndarray], np.ndarray], dtype: Any, wide: bool
+) -> np.ndarray:
+    """A start v0 (n,) for the right singular vector as a unit column of the smaller side."""
+    view = host_view(v0)
+    v0 = np.asarray(v0 if view is None else view)
     if v0.shape != (n,):
         raise ValueError(f"expected v0 of shape ({n},), a right singular vector, got {v0.shape}")
-    if np.iscomplexobj(v0) and not np.issubdtype(B.dtype, np.complexfloating):
+    if np.iscomplexobj(v0) and not np.issubdtype(dtype, np.complexfloating):
         raise TypeError("expected a real v0 for a real matrix, got a complex one")
-    warm = B.apply(v0.astype(B.dtype)[:, None])[:, 0] if wide else v0.astype(B.dtype)
+    column = v0.astype(dtype)[:, None]
+    warm = apply(column) if wide else column
     size = float(np.linalg.norm(warm))
     if not 0 < size < np.inf:
         raise NonFiniteError(f"expected v0 to be finite and not in the null space of A, got a norm of {size}")
-    return warm / size + 1e-4 * start / float(np.linalg.norm(start))
+    return np.asarray(warm / size)

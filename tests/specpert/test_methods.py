@@ -37,7 +37,7 @@ def assert_same(found, expected, d):
     assert np.abs((found - expected) * weights).max() <= 1e-12 * abs(expected[0]) / d
 
 
-SHAPES = [(70, 70), (70, 160), (160, 70), (5, 4), (4, 5), (3, 3)]
+SHAPES = [(70, 70), (70, 160), (160, 70), (5, 4), (4, 5), (3, 3), (256, 300), (300, 260)]
 
 
 @pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
@@ -46,18 +46,57 @@ def test_gram_is_the_svd(shape, complex_):
     A, H = pair(shape, complex_)
     gram, svd = (singular_triplet(A, method=method) for method in ("gram", "svd"))
     assert math.isclose(gram.sigma, svd.sigma, rel_tol=1e-14)
-    assert math.isclose(gram.gap, svd.gap, rel_tol=1e-10)
+    # of a larger matrix the next value is estimated from above
+    assert (1 - (1e-10 if min(shape) < 256 else 1e-6)) * svd.gap <= gram.gap <= (1 + 1e-10) * svd.gap
     one, two = sigma_series(gram, H, 8, vectors=True), sigma_series(svd, H, 8, vectors=True)
     assert_same(one.coefficients, two.coefficients, svd.gap)
     # signs and phases are free: compare what does not depend on them
     np.testing.assert_allclose(
         one.left[:, 3, None] @ one.left[:, :1].conj().T, two.left[:, 3, None] @ two.left[:, :1].conj().T, atol=1e-8
     )
-    assert math.isclose(one.radius, two.radius, rel_tol=1e-9)
+    assert math.isclose(one.radius, two.radius, rel_tol=1e-9 if min(shape) < 256 else 1e-6)
     assert one.remainder(one.radius / 3) < 1.01 * two.remainder(one.radius / 3) + 1e-12
     directions = [H, H[::-1], H[:, ::-1]]
     mixed = [sigma_derivative(t, 3, directions=directions) for t in (gram, svd)]
     assert math.isclose(*mixed, rel_tol=1e-8)
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(256, 270), (300, 260)], ids=str)
+@pytest.mark.parametrize("start", ["exact", "near", "far", "second", "orthogonal to all but the last"])
+def test_a_warm_start_changes_nothing_but_the_time(shape, complex_, start):
+    A, H = pair(shape, complex_)
+    svd = singular_triplet(A, method="svd")
+    Vh = np.linalg.svd(A, full_matrices=False)[2].conj()
+    starts = {
+        "exact": svd.v,
+        "near": svd.v + 1e-2 * H[0],
+        "far": svd.v + Vh.sum(0),
+        "second": Vh[1],
+        "orthogonal to all but the last": Vh[-1],
+    }
+    warm = singular_triplet(A, v0=starts[start])
+    assert math.isclose(warm.sigma, svd.sigma, rel_tol=1e-14)
+    assert (1 - 1e-6) * svd.gap <= warm.gap <= (1 + 1e-10) * svd.gap
+    assert_same(sigma_series(warm, H, 6).coefficients, sigma_series(svd, H, 6).coefficients, svd.gap)
+    G = np.stack([H, H[::-1]])
+    np.testing.assert_allclose(SigmaHessian(warm).quadratic(G), SigmaHessian(svd).quadratic(G), rtol=1e-10)
+
+
+@pytest.mark.parametrize("gap", [1e-4, 1e-6, 1e-9, 0.0])
+def test_a_close_pair_of_a_large_matrix(gap):
+    s = np.append([1.0, 1.0 - gap], np.linspace(0.9, 0.1, 258))
+    A = with_spectrum(np.random.default_rng(0), 260, 270, s)
+    H = pair(A.shape)[1]
+    second = np.linalg.svd(A)[2][1]
+    for v0 in (None, second, np.ones(270)):
+        if gap == 0:
+            with pytest.raises(DegenerateSingularValueError):
+                singular_triplet(A, v0=v0)
+            continue
+        triplet, svd = singular_triplet(A, v0=v0), singular_triplet(A, method="svd")
+        assert math.isclose(triplet.gap, svd.gap, rel_tol=1e-5)
+        assert_same(sigma_series(triplet, H, 4).coefficients, sigma_series(svd, H, 4).coefficients, 1e-2 * svd.gap)
 
 
 def test_auto_takes_the_gram_matrix_for_the_top_of_a_large_matrix():
@@ -416,8 +455,10 @@ def test_a_triplet_is_not_asked_for_what_it_does_not_hold():
         with pytest.raises(ValueError, match="triplet"):
             call()
     assert sigma_derivative(triplet, 2, k=1, directions=H) == pytest.approx(sigma_derivative(A, 2, k=1, directions=H))
-    with pytest.raises(ValueError, match="v0 with a sparse array"):
-        singular_triplet(A, v0=A[0])
+    with pytest.raises(ValueError, match="no v0 with method='svd'"):
+        singular_triplet(A, v0=A[0], method="svd")
+    with pytest.raises(ValueError, match="no v0 with a triplet"):
+        singular_triplet(triplet, k=1, v0=A[0])
     with pytest.raises(ValueError, match="dense array for method='svd'"):
         singular_triplet(sparse.csr_array(A), method="svd")
     for gap_tol in (-1, np.nan, np.inf):
