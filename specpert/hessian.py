@@ -243,7 +243,9 @@ class _Spectrum:
         if triplet._svd is None:
             raise TypeError("expected a triplet with all singular vectors, got one made without; use method='svd'")
         self.xp = xp = triplet._xp
+        assert isinstance(triplet.k, int)
         self.U, self.s, self.V = triplet._svd
+        self.k = triplet.k
         s, sigma = self.s, triplet._values
         at_k = array([i == triplet.k for i in range(s.shape[-1])], s, xp, dtype=xp.bool)
         difference = xp.where(at_k, xp.ones_like(s), sigma - s)
@@ -259,10 +261,18 @@ class _Spectrum:
         total = xp.sum(self.minus * _square(a + b, xp) + self.plus * _square(a - b, xp), axis=-1)
         m, n = p.shape[-1], q.shape[-1]
         if m > n:
-            total = total + xp.sum(_square(p - _times(U, a), xp), axis=-1) / self.sigma
+            total = total + self._outside(p, a, U) / self.sigma
         if n > m:
-            total = total + xp.sum(_square(q - _times(V, b), xp), axis=-1) / self.sigma
+            total = total + self._outside(q, b, V) / self.sigma
         return total
+
+    def _outside(self, q: Array, b: Array, V: Array) -> Array:
+        """||q - V b||^2 by Pythagoras; the part along v, which may be all of q and adds nothing, is taken off first."""
+        xp, k = self.xp, self.k
+        rest = q - V[..., k] * b[..., k : k + 1]
+        others = _square(b, xp)
+        inside = xp.sum(others[..., :k], axis=-1) + xp.sum(others[..., k + 1 :], axis=-1)
+        return xp.clip(xp.sum(_square(rest, xp), axis=-1) - inside, 0.0, None)
 
     def blocks(self) -> tuple[Array, Array, Array]:
         """L = U diag(direct) U^* + (I - U U^*) / sigma, R alike from V, and C = U diag(cross) V^*, for A / 2^e."""
@@ -286,13 +296,13 @@ def _blocked_projections(G: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[n
     flat = G.reshape(-1, m, n)
     p = np.empty((len(flat), m), np.result_type(G, v))
     q = np.zeros((len(flat), n), p.dtype)
-    rows = max(1, 2**18 // n)
+    rows = max(1, 2**17 // n)
     uc = u.conj()
-    for i, Gi in enumerate(flat):
+    for Gi, pi, qi in zip(flat, p, q, strict=True):
         for start in range(0, m, rows):
-            block = slice(start, start + rows)
-            np.matmul(Gi[block], v, out=p[i, block])
-            q[i] += uc[block] @ Gi[block]
+            block = Gi[start : start + rows]
+            pi[start : start + rows] = block @ v
+            qi += uc[start : start + rows] @ block
     return p.reshape(G.shape[:-1]), q.conj().reshape(*G.shape[:-2], n)
 
 
