@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 import specpert
 
 __all__ = [
-    *("Spectrum", "cluster_values", "hessian_diagonal", "hessian_pairing"),
-    *("read_spectrum", "spectral_norm", "taylor"),
+    *("Pair", "Spectrum", "cluster_values", "hessian_diagonal", "hessian_pairing"),
+    *("one_thread", "read_spectrum", "spectral_norm", "taylor"),
 ]
 
 
@@ -31,15 +32,29 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
-def _one_thread(function: Callable[_P, _T]) -> Callable[_P, _T]:
+_limited = False
+
+
+def one_thread(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Keep NumPy's and SciPy's threads out of the way of torch's, which wait for work and would share the cores."""
 
     @wraps(function)
     def limited(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with _blas().limit(limits=1):
+        global _limited
+        if _limited:  # asking the libraries takes longer than many a small product
             return function(*args, **kwargs)
+        with _blas().limit(limits=1):
+            _limited = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _limited = False
 
     return limited
+
+
+#: What is left of a matrix G when it meets the singular vectors: G v (m,) and G^T u (n,).
+Pair: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -86,13 +101,19 @@ class Spectrum:
         assert self.triplet is not None
         return self.triplet.v
 
+    def project(self, G: Tensor) -> Pair:
+        """``G v`` (m,) and ``G^T u`` (n,) of a matrix (m, n), multiplied in its own precision."""
+        return (G @ self.v.to(G.dtype)).double(), (G.T @ self.u.to(G.dtype)).double()
+
 
 REPEATED = "largest singular value is repeated"
 
 
-@_one_thread
-def read_spectrum(matrices: Tensor) -> Spectrum:
+@one_thread
+def read_spectrum(matrices: Tensor, known: Spectrum | None = None) -> Spectrum:
     """The spectrum of a float64 matrix (m, n) or of several (g, m, n); never raises for numerical reasons.
+
+    ``known``, the spectrum of a matrix nearby, saves time.
 
     Examples
     --------
@@ -109,11 +130,11 @@ def read_spectrum(matrices: Tensor) -> Spectrum:
     """
     matrices = matrices if matrices.ndim == 3 else matrices[None]
     nan = float("nan")
-    if not bool(torch.isfinite(matrices).all()):
+    if not bool(matrices.sum().isfinite()) and not bool(matrices.isfinite().all()):
         return Spectrum(matrices, nan, nan, None, problem="weight is not finite")
     try:
         group, rival = (0, 0.0) if len(matrices) == 1 else _attaining(matrices)
-        triplet = specpert.singular_triplet(matrices[group])
+        triplet = specpert.singular_triplet(matrices[group], v0=_start(matrices, group, known))
     except specpert.DegenerateSingularValueError:
         sigma = float(torch.linalg.matrix_norm(matrices[group], 2))
         return Spectrum(matrices, sigma, 0.0, None, group, REPEATED)
@@ -128,6 +149,13 @@ def read_spectrum(matrices: Tensor) -> Spectrum:
     return Spectrum(matrices, sigma, gap, triplet, group)
 
 
+def _start(matrices: Tensor, group: int, known: Spectrum | None) -> Tensor | None:
+    """Where the search for the singular vector may begin."""
+    if known is None or known.triplet is None or known.group != group or known.matrices.device != matrices.device:
+        return None
+    return known.v if known.matrices.shape == matrices.shape else None
+
+
 def _attaining(matrices: Tensor) -> tuple[int, float]:
     """The group with the largest singular value, and the largest of the other groups."""
     top = torch.linalg.matrix_norm(matrices, 2)
@@ -136,25 +164,25 @@ def _attaining(matrices: Tensor) -> tuple[int, float]:
     return group, float(top.max())
 
 
-@_one_thread
+@one_thread
 def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor) -> Tensor:
     """``D^2 sigma[G, G]`` from ``p = G v`` (..., m) and ``q = G^T u`` (..., n); shape (...) (theory 1.3)."""
     return specpert.SigmaHessian(spectrum.triplet).from_projections(p, q)
 
 
-@_one_thread
+@one_thread
 def hessian_diagonal(spectrum: Spectrum) -> Tensor:
     """The diagonal of the Hessian of sigma as a matrix (m, n) (theory 2.4)."""
     return specpert.SigmaHessian(spectrum.matrix).diagonal()  # needs all singular vectors
 
 
-@_one_thread
+@one_thread
 def taylor(spectrum: Spectrum, step: Tensor) -> list[float]:
     """Taylor coefficients (sigma, D1, D2/2, D3/6) of sigma along ``step`` (m, n) (theory 1.4)."""
     return [float(c) for c in specpert.sigma_series(spectrum.triplet, step, 3).coefficients]
 
 
-@_one_thread
+@one_thread
 def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -> list[float] | None:
     """Largest singular value after ``steps`` (g, m, n), to order 1, 2, 3, by effective matrices (theory 2.8, 1.8).
 
@@ -196,7 +224,7 @@ def _singular_values(matrices: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
 
 
-@_one_thread
+@one_thread
 def spectral_norm(matrix: Tensor) -> float:
     """``||matrix||_2``: by Lanczos on the CPU, from the Gram matrix of the smaller side for small ones and elsewhere.
 
@@ -208,14 +236,19 @@ def spectral_norm(matrix: Tensor) -> float:
     >>> round(spectral_norm(1e-200 * torch.diag(torch.tensor([3.0, 4.0], dtype=torch.float64))) * 1e200, 12)
     4.0
     """
-    scale = float(matrix.abs().max()) if matrix.numel() else 0.0
-    if scale == 0.0 or scale != scale or scale == float("inf"):
+    if matrix.numel() == 0:
+        return 0.0
+    scale = max(abs(float(end)) for end in torch.aminmax(matrix))
+    if scale == 0.0 or not math.isfinite(scale):
         return scale
-    a = matrix / scale
+    if 1e-100 < scale < 1e100:
+        scale, a = 1.0, matrix
+    else:
+        a = matrix / scale
     if a.device.type == "cpu" and min(a.shape) >= 128:
         start = np.ones(min(a.shape))  # not the global random state, which is the user's
         try:
-            return scale * float(svds(a.numpy(), k=1, v0=start, return_singular_vectors=False)[0])
+            return scale * float(svds(a.numpy(), k=1, ncv=10, tol=1e-3, v0=start, return_singular_vectors=False)[0])
         except ArpackError:
             pass
     return scale * float(_singular_values(a)[0])

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lipdyn_torch._bridge import Spectrum
+from lipdyn_torch._bridge import Pair, Spectrum
 from lipdyn_torch._hooks import Call, Pass, Watch
 from lipdyn_torch.distributed import full
-from lipdyn_torch.layers import Block, double
+from lipdyn_torch.layers import Block, working
 from lipdyn_torch.noise import GradientNoise, common_factor
 from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
 
@@ -35,8 +35,8 @@ RESCALED = "gradients were rescaled after the backward pass"
 class Caught:
     """One layer just before the step: old weight, gradient, noise, and what is wrong.
 
-    ``problems`` make the forces NaN, ``notes`` do not. ``drift`` and ``bent`` are the first and second order of
-    ``-b / lr`` as matrices (m, n).
+    ``problems`` make the forces NaN, ``notes`` do not. ``drift`` is ``-b / lr`` as the singular vectors see it,
+    ``(G v, G^T u)``, ``bent`` what its second order adds to ``u^T G v``; ``whole`` is the gradient, seen alike.
     """
 
     watch: Watch
@@ -46,16 +46,17 @@ class Caught:
     frozen: bool = False
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    drift: Tensor | None = None
-    bent: Tensor | None = None
-    whole: Tensor | None = None
-    reference: Tensor | None = None  # as drift, of another mean gradient
+    drift: Pair | None = None
+    bent: float = 0.0
+    whole: Pair | None = None
+    mean: Tensor | None = None  # the gradient as a matrix (m, n), where the split needs it
+    reference: Pair | None = None  # as drift, of another mean gradient
     noise: GradientNoise | None = None
     gain: float = 1.0
     decay: float = 0.0
     weights: list[Tensor] | None = None
     eps: float = 0.0  # of the least precise number the gradient passed through
-    before: list[tuple[Tensor, Tensor, Response]] = field(default_factory=list)  # parameter, its value, response
+    before: dict[int, tuple[Tensor, Response]] = field(default_factory=dict)  # by parameter: its value, its response
 
     @property
     def tolerance(self) -> float:
@@ -69,7 +70,7 @@ class Caught:
 
     def unexplained(self) -> bool:
         """After the step: whether the optimiser did something else than its formula says."""
-        return any(not response.explains(double(p) - old, p) for p, old, response in self.before)
+        return any(not response.explains(old, self.watch.values[i]) for i, (old, response) in self.before.items())
 
 
 def collect(
@@ -92,7 +93,7 @@ def collect(
     if not caught.frozen:
         _check(caught, optimizer, owned, passes)
         if not caught.problems and caught.spectrum.triplet is not None:
-            _respond(caught, optimizer, groups, reference)
+            _respond(caught, optimizer, groups, split, reference)
         if not caught.problems and caught.drift is not None:
             _gather(caught, passes, split)
     caught.problems += [problem for problem in watch.problems if problem not in caught.problems]
@@ -114,7 +115,7 @@ def _check(caught: Caught, optimizer: Optimizer, owned: list[dict[str, Any] | No
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and float(found_inf) > 0:
         problems.append(SKIPPED)
-    elif not all(bool((g.coalesce().values() if g.is_sparse else g).isfinite().all()) for g in gradients):
+    elif not all(_finite(g.coalesce().values() if g.is_sparse else g) for g in gradients):
         problems.append(NOT_FINITE)
     if not passes:
         problems.append(SILENT if watch.accumulated else NO_GRADIENT)
@@ -122,25 +123,34 @@ def _check(caught: Caught, optimizer: Optimizer, owned: list[dict[str, Any] | No
         problems.append(NO_GRADIENT)
 
 
+def _finite(g: Tensor) -> bool:
+    """Whether all numbers are finite: a sum shows NaN and inf, and only where it does are they looked for."""
+    return bool(g.sum().isfinite()) or bool(g.isfinite().all())
+
+
 def _respond(
     caught: Caught,
     optimizer: Optimizer,
     groups: dict[int, dict[str, Any]],
+    split: bool,
     reference: Mapping[int, Tensor] | None,
 ) -> None:
     """Drift, preconditioner and gain of the layer's matrix from those of its parameters (theory 5)."""
     watch = caught.watch
     responses: list[Response] = []
-    for p in watch.parameters:
+    gradients: list[Tensor] = []
+    for i, (p, old) in enumerate(zip(watch.parameters, watch.values, strict=True)):
         if not p.requires_grad or p.grad is None:  # it stays where it is
-            still = torch.zeros_like(double(p))
+            still = torch.zeros_like(working(old))
             responses.append(Response(still, still, 0.0))
+            gradients.append(still)
             continue
-        response = respond(optimizer, groups[id(p)], p)
+        gradients.append(gradient_of(optimizer, p))
+        response = respond(optimizer, groups[id(p)], p, gradients[-1])
         if isinstance(response, str):
             caught.problems.append(response)
             return
-        caught.before.append((p, double(p), response))
+        caught.before[i] = old, response
         responses.append(response)
     if len(responses) == 1:
         (only,) = responses
@@ -148,24 +158,25 @@ def _respond(
         weights = None if only.weights is None else [only.weights]
     else:  # several rates, gains and decays are folded into the parameters' own factors
         rates = [float(groups[id(p)]["lr"]) / caught.lr if id(p) in groups else 0.0 for p in watch.parameters]
-        values = [double(p) for p in watch.parameters]
+        values = [x.double() for x in watch.values]
         drifts = [rate * (r.drift + r.decay * x) for rate, r, x in zip(rates, responses, values, strict=True)]
         weights = [
-            rate * r.gain * (torch.ones_like(r.drift) if r.weights is None else r.weights)
+            rate * r.gain * (torch.ones_like(r.drift) if r.weights is None else r.weights).double()
             for rate, r in zip(rates, responses, strict=True)
         ]
-    gradients = [
-        torch.zeros_like(r.drift) if p.grad is None else gradient_of(optimizer, p)
-        for p, r in zip(watch.parameters, responses, strict=True)
-    ]
     if weights is not None:
         gradients = [w * g for w, g in zip(weights, gradients, strict=True)]
-    group = caught.spectrum.group
-    caught.drift = watch.rule.matrices(watch.module, watch.part, drifts)[group]
-    caught.whole = watch.rule.matrices(watch.module, watch.part, gradients)[group]
+
+    spectrum = caught.spectrum
+
+    def seen(tensors: list[Tensor]) -> Pair:
+        return spectrum.project(watch.rule.matrices(watch.module, watch.part, tensors)[spectrum.group])
+
+    caught.drift, caught.whole, caught.weights = seen(drifts), seen(gradients), weights
+    if split:
+        caught.mean = watch.rule.matrices(watch.module, watch.part, gradients)[spectrum.group].double()
     bent = watch.rule.second_order(watch.module, watch.part, drifts)
-    caught.bent = None if bent is None else bent[group]
-    caught.weights = weights
+    caught.bent = 0.0 if bent is None else float(spectrum.u @ bent[spectrum.group] @ spectrum.v)
     if reference is not None:
         others = [
             mean_drift(groups[id(p)], r, reference[id(p)], p) * float(groups[id(p)]["lr"]) / caught.lr
@@ -173,7 +184,9 @@ def _respond(
             else torch.zeros_like(r.drift)
             for p, r in zip(watch.parameters, responses, strict=True)
         ]
-        caught.reference = watch.rule.matrices(watch.module, watch.part, others)[group]
+        if len(others) > 1:
+            others = [other.double() for other in others]
+        caught.reference = seen(others)
 
 
 def _gather(caught: Caught, passes: list[Pass], split: bool) -> None:
@@ -186,7 +199,7 @@ def _gather(caught: Caught, passes: list[Pass], split: bool) -> None:
     joined = [torch.cat(parts) for parts in zip(*(part for part in sums if part is not None), strict=True)]
     squares = _squares(caught, passes) if split else None
     bend = (joined[2], joined[3]) if len(joined) == 4 else None
-    caught.noise = GradientNoise.from_contributions(joined[0], joined[1], squares, caught.whole, bend)
+    caught.noise = GradientNoise.from_contributions(joined[0], joined[1], squares, caught.mean, bend)
 
 
 def _sums(watch: Watch, single: Pass, weights: list[Tensor] | None) -> tuple[Tensor, ...] | None:
@@ -242,7 +255,7 @@ def settle(layers: Sequence[Caught]) -> float:
     loss scale, or that of clipping by norm.
     """
     known = [caught for caught in layers if caught.noise is not None]
-    factors = [c.noise.factor(c.whole, c.spectrum) for c in known if c.noise is not None and c.whole is not None]
+    factors = [c.noise.factor(c.whole) for c in known if c.noise is not None and c.whole is not None]
     factor = common_factor(factors, max(c.eps for c in known)) if known else 1.0
     for caught in known:
         assert caught.noise is not None
@@ -251,7 +264,7 @@ def settle(layers: Sequence[Caught]) -> float:
             caught.noise, caught.problems = None, [*caught.problems, LOST]
             continue
         noise = caught.noise if factor == 1.0 else caught.noise.scaled(factor)
-        error = noise.mismatch(caught.whole, caught.spectrum)
+        error = noise.mismatch(caught.whole)
         if error <= caught.tolerance:
             caught.noise = noise
             if factor != 1.0:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import Spectrum, read_spectrum
 from lipdyn_torch.distributed import full
-from lipdyn_torch.layers import Block, LayerRule, double
+from lipdyn_torch.layers import Block, LayerRule, value
 
 __all__ = ["Call", "Switch", "Tap", "Watch"]
 
@@ -79,29 +79,30 @@ class Watch:
     parameters: tuple[nn.Parameter, ...]
     hold: bool = False
     spectrum: Spectrum = field(init=False)
+    values: list[Tensor] = field(init=False)  # of the parameters when the spectrum was read
     passes: dict[int, Pass] = field(default_factory=dict, init=False)
     problems: dict[str, None] = field(default_factory=dict, init=False)
     accumulated: bool = field(default=False, init=False)  # a gradient has reached the parameter
     eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
 
     def __post_init__(self) -> None:
-        self.spectrum = read_spectrum(self.read())
+        self._read(None)
 
     @property
     def trained(self) -> bool:
         """Whether any of the parameters can learn."""
         return any(p.requires_grad for p in self.parameters)
 
-    def read(self) -> Tensor:
-        """The weight now, as float64 matrices (g, m, n): a copy."""
-        return self.rule.effective(self.module, self.part, [double(p) for p in self.parameters])
+    def _read(self, known: Spectrum | None) -> None:
+        self.values = [value(p) for p in self.parameters]
+        matrices = self.rule.effective(self.module, self.part, [x.to(torch.float64) for x in self.values])
+        self.spectrum = read_spectrum(matrices, known)
 
     def refresh(self) -> bool:
         """Read the spectrum again if the weight is not bitwise the one it was read from; True if it was not."""
-        matrices, known = self.read(), self.spectrum.matrices
-        same = known.device == matrices.device and torch.equal(known.view(torch.int64), matrices.view(torch.int64))
+        same = all(_bitwise_equal(full(p.detach()), x) for p, x in zip(self.parameters, self.values, strict=True))
         if not same:
-            self.spectrum = read_spectrum(matrices)
+            self._read(self.spectrum)
         return not same
 
     def cleared(self) -> bool:
@@ -154,6 +155,17 @@ class Watch:
         """Drop what was received."""
         self.passes, self.problems = {}, {}
         self.accumulated, self.eps = False, 0.0
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bitwise_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same bit by bit: NaN equals itself, and 0 is not -0."""
+    if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
+        return False
+    bits = _BITS[a.element_size()]
+    return torch.equal(a.view(bits), b.view(bits))
 
 
 def _add(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lipdyn_torch._bridge import REPEATED, Spectrum, cluster_values, hessian_pairing, spectral_norm, taylor
+from lipdyn_torch._bridge import REPEATED, Spectrum, cluster_values, spectral_norm, taylor
 from lipdyn_torch._collect import Caught
 from lipdyn_torch.dynamics import drift, network_noise, noise_curvature, noise_strength, pathwise_changes
 from lipdyn_torch.history import NETWORK, SPLIT_COLUMNS, Row
@@ -64,9 +64,11 @@ class Measurement:
         out: Row = dict.fromkeys(("eps", "dz1", "dz2", "dz3", "bound", "remainder"), _NAN)
         out |= {"mode": "none", "dz": _log(after.sigma) - _log(before.sigma)}
         updates = after.matrices - before.matrices
-        if before.problem not in ("", REPEATED) or not bool(updates.isfinite().all()):
+        if before.problem not in ("", REPEATED):
             return out
         size = max(spectral_norm(update) for update in updates)
+        if not math.isfinite(size):
+            return out
         out["eps"] = 2.0 * size / before.gap if before.gap > 0 else (math.inf if size > 0 else 0.0)
         out["mode"], changes = self._changes(updates, size, out["eps"], out["dz"])
         out["dz1"], out["dz2"], out["dz3"] = changes
@@ -107,16 +109,14 @@ class Measurement:
             return out
         if noise.batch < 2:
             caught.notes.append(BATCH_OF_ONE)
-        terms, sigma, square = noise.terms(spectrum), spectrum.sigma, caught.gain**2
+        terms, sigma, square = noise.terms(spectrum, b), spectrum.sigma, caught.gain**2
         self.scores = caught.gain * terms.scores
-        u, v = spectrum.u, spectrum.v
+        u = spectrum.u
         decay = -math.log1p(-lr * caught.decay) / lr if 0 < lr * caught.decay < 1 else caught.decay
-        out["mu"] = drift(float(u @ b @ v), sigma, decay)
+        out["mu"] = drift(float(u @ b[0]), sigma, decay)
         if caught.reference is not None:
-            out["mu_ref"] = drift(float(u @ caught.reference @ v), sigma, decay)
-        out["gHg"] = float(hessian_pairing(spectrum, b @ v, b.T @ u))
-        if caught.bent is not None:
-            out["gHg"] += 2.0 * float(u @ caught.bent @ v)
+            out["mu_ref"] = drift(float(u @ caught.reference[0]), sigma, decay)
+        out["gHg"] = terms.gradient_curvature + 2.0 * caught.bent
         out["kappa"] = noise_curvature(square * terms.noise_curvature, sigma, lr)
         out["lambda_sq"] = noise_strength(square * terms.noise, sigma, lr)
         if self.split:

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lipdyn_torch._bridge import Spectrum, hessian_diagonal, hessian_pairing
-from lipdyn_torch.noise import GradientNoise, NoiseTerms
+from lipdyn_torch._bridge import Pair, Spectrum, hessian_diagonal, hessian_pairing
+from lipdyn_torch.noise import Averaged, GradientNoise, NoiseTerms
 
 __all__ = ["JointNoise", "active", "agree", "combine", "full", "pool", "share", "summarise"]
 
@@ -82,7 +82,7 @@ class Layer(Protocol):
 
 
 @dataclass(frozen=True)
-class JointNoise:
+class JointNoise(Averaged):
     """What the terms need of a set of samples' gradients; stands in for `GradientNoise` where samples are far away.
 
     Attributes
@@ -128,28 +128,12 @@ class JointNoise:
             scores=None if self.scores is None else factor * self.scores,
         )
 
-    def mismatch(self, gradient: Tensor, spectrum: Spectrum) -> float:
-        """As `GradientNoise.mismatch`."""
-        worst = 0.0
-        for mean, size, whole in self._pairs(gradient, spectrum):
-            scale = size + float(torch.linalg.vector_norm(whole))
-            error = float(torch.linalg.vector_norm(mean - whole))
-            if not error <= float("inf"):
-                return _NAN
-            worst = max(worst, error / scale) if scale > 0.0 else worst
-        return worst
+    @property
+    def means(self) -> Pair:
+        """Means of ``G_i v`` and ``G_i^T u``."""
+        return self.p, self.q
 
-    def factor(self, gradient: Tensor, spectrum: Spectrum) -> tuple[float, float]:
-        """As `GradientNoise.factor`."""
-        pairs = [(mean / (size or 1.0), whole / (size or 1.0)) for mean, size, whole in self._pairs(gradient, spectrum)]
-        square = sum(float(mean.square().sum()) for mean, _ in pairs)
-        if not square > 0.0:
-            return _NAN, float("inf")
-        c = sum(float(mean @ whole) for mean, whole in pairs) / square
-        rest = sum(float((whole - c * mean).square().sum()) for mean, whole in pairs)
-        return c, (rest / sum(whole.numel() for _, whole in pairs) / square) ** 0.5
-
-    def terms(self, spectrum: Spectrum) -> NoiseTerms:
+    def terms(self, spectrum: Spectrum, along: Pair | None = None) -> NoiseTerms:
         """As `GradientNoise.terms`."""
         noise = curvature = noise_var = curvature_var = _NAN
         if self.batch > 1:
@@ -160,8 +144,7 @@ class JointNoise:
                 means = [float((form * square).sum()) for form in _variance_forms(spectrum)]
                 noise_var, curvature_var = (norm * (x - y) for x, y in zip(self.squares, means, strict=True))
         return NoiseTerms(
-            gradient=float(spectrum.u @ self.p),
-            gradient_curvature=float(hessian_pairing(spectrum, self.p, self.q)),
+            gradient_curvature=float(hessian_pairing(spectrum, *(along or self.means))),
             noise=noise,
             noise_curvature=curvature,
             noise_var=noise_var,
@@ -169,16 +152,10 @@ class JointNoise:
             scores=self.p.new_full((1,), _NAN) if self.scores is None else self.scores,
         )
 
-    def _pairs(self, gradient: Tensor, spectrum: Spectrum) -> tuple[tuple[Tensor, float, Tensor], ...]:
-        return (
-            (self.p, self.sizes[0], gradient @ spectrum.v),
-            (self.q, self.sizes[1], gradient.T @ spectrum.u),
-        )
-
 
 def summarise(noise: GradientNoise, spectrum: Spectrum) -> JointNoise:
     """The sums of one process's samples."""
-    p, q = noise.p.mean(0), noise.q.mean(0)
+    p, q = noise.means
     centred_p, centred_q = noise.p - p, noise.q - q
     squares = (_NAN, _NAN)
     if noise.squares is not None:
@@ -188,7 +165,7 @@ def summarise(noise: GradientNoise, spectrum: Spectrum) -> JointNoise:
         batch=noise.batch,
         p=p,
         q=q,
-        sizes=(_mean_norm(noise.p), _mean_norm(noise.q)),
+        sizes=noise.sizes,
         noise=float((centred_p @ spectrum.u).square().sum()),
         curvature=float(hessian_pairing(spectrum, centred_p, centred_q).sum()),
         squares=squares,
@@ -343,7 +320,3 @@ def _with_scores(joint: Sequence[JointNoise | None], scatter: Tensor) -> list[Jo
 def _variance_forms(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     """``(u v^T)^2`` elementwise, and the diagonal of H, as matrices (m, n)."""
     return torch.outer(spectrum.u.square(), spectrum.v.square()), hessian_diagonal(spectrum)
-
-
-def _mean_norm(samples: Tensor) -> float:
-    return float(torch.linalg.vector_norm(samples, dim=-1).mean())

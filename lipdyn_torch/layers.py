@@ -215,9 +215,9 @@ def ghost(x: Tensor, delta: Tensor, u: Tensor, v: Tensor, W: Tensor | None = Non
         p, q = delta[:, 0] * (x[:, 0] @ v)[:, None], x[:, 0] * (delta[:, 0] @ u)[:, None]
         return p.double(), q.double()
     if W is None:
-        p, q = torch.einsum("ito,it->io", delta, x @ v), torch.einsum("itn,it->in", x, delta @ u)
-        return p.double(), q.double()
-    x, delta, u, v = x.double(), delta.double(), u.double(), v.double()
+        p, q = (x @ v)[:, None] @ delta, (delta @ u)[:, None] @ x
+        return p[:, 0].double(), q[:, 0].double()
+    x, delta, u, v, W = x.double(), delta.double(), u.double(), v.double(), W.double()
     parts = []
     for chunk in chunks(len(x), x.shape[1] * (x.shape[2] + delta.shape[2])):
         parts.append(
@@ -235,10 +235,10 @@ def working(a: Tensor) -> Tensor:
     return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
 
 
-def double(tensor: Tensor) -> Tensor:
-    """A dense, whole float64 copy, without graph."""
-    tensor = full(tensor.detach())
-    return (tensor.to_dense() if tensor.is_sparse else tensor).to(torch.float64, copy=True)
+def value(parameter: Tensor) -> Tensor:
+    """A dense, whole copy in its own precision, without graph."""
+    parameter = full(parameter.detach())
+    return (parameter.to_dense() if parameter.is_sparse else parameter).clone()
 
 
 class EmbeddingRule(LayerRule):

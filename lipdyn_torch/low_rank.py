@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipdyn_torch.layers import Block, LayerRule, LinearRule, double, ghost
+from lipdyn_torch.layers import Block, LayerRule, LinearRule, ghost, value
 
 __all__ = ["LowRankSumRule"]
 
@@ -106,7 +106,7 @@ class LowRankSumRule(LayerRule):
         return None
 
     def _values(self, module: Any) -> tuple[Tensor, ...]:
-        return tuple(double(module.get_parameter(path)) for path in self._paths)
+        return tuple(value(module.get_parameter(path)).double() for path in self._paths)
 
     def _scale(self, module: Any) -> float:
         return float(getattr(module, self._scaling) if isinstance(self._scaling, str) else self._scaling)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import lipdyn_torch.convolution_rules  # noqa: F401  (registers its rules)
+from lipdyn_torch._bridge import one_thread
 from lipdyn_torch._collect import Caught, collect, settle
 from lipdyn_torch._hooks import Switch, listen
 from lipdyn_torch._measure import Measurement, network_row
@@ -347,6 +348,7 @@ class LipschitzMonitor:
         self._clock = time.perf_counter()
 
     @torch.no_grad()
+    @one_thread
     def _write(self, measurements: list[Measurement]) -> None:
         for watch in self._watches:
             watch.refresh()
@@ -378,6 +380,7 @@ class LipschitzMonitor:
         self._finish(True)
 
     @torch.no_grad()
+    @one_thread
     def _read(self) -> list[Measurement]:
         name = replaced(self._model, self._survey.paths, self._watches)
         if name is not None:

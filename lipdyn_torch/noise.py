@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from lipdyn_torch._bridge import Spectrum, hessian_diagonal, hessian_pairing
+from lipdyn_torch._bridge import Pair, Spectrum, hessian_diagonal, hessian_pairing
 
 __all__ = ["GradientNoise", "NoiseTerms", "common_factor"]
 
@@ -30,10 +31,8 @@ class NoiseTerms:
 
     Attributes
     ----------
-    gradient : float
-        ``<J, Gbar>``.
     gradient_curvature : float
-        ``<H, Gbar Gbar^T> = D^2 sigma[Gbar, Gbar]`` ("gHg").
+        ``D^2 sigma[G, G]`` along the gradient asked for ("gHg").
     noise : float
         ``J^T Sigma J``; NaN for a batch of one.
     noise_curvature : float
@@ -45,7 +44,6 @@ class NoiseTerms:
         ``u^T G_i v``.
     """
 
-    gradient: float
     gradient_curvature: float
     noise: float
     noise_curvature: float
@@ -54,8 +52,42 @@ class NoiseTerms:
     scores: Tensor
 
 
+class Averaged:
+    """Samples known by their means and sizes: what the check against the gradient needs of them."""
+
+    means: Pair
+    sizes: tuple[float, float]
+
+    def mismatch(self, whole: Pair) -> float:
+        """How far the samples are from summing to the gradient G, relative to the sum of their sizes.
+
+        Compared where it matters: on ``whole``, which is ``(G v, G^T u)``. NaN if anything is not finite.
+        """
+        worst = 0.0
+        for mean, size, seen in zip(self.means, self.sizes, whole, strict=True):
+            scale = size + float(torch.linalg.vector_norm(seen))
+            error = float(torch.linalg.vector_norm(mean - seen))
+            if not error <= math.inf:
+                return _NAN
+            worst = max(worst, error / scale) if scale > 0.0 else worst
+        return worst
+
+    def factor(self, whole: Pair) -> tuple[float, float]:
+        """The number c for which the samples' mean times c is nearest to the gradient, and its standard error."""
+        pairs = [
+            (mean / (size or 1.0), seen / (size or 1.0))
+            for mean, size, seen in zip(self.means, self.sizes, whole, strict=True)
+        ]
+        square = sum(float(mean.square().sum()) for mean, _ in pairs)
+        if not square > 0.0:
+            return _NAN, math.inf
+        c = sum(float(mean @ seen) for mean, seen in pairs) / square
+        rest = sum(float((seen - c * mean).square().sum()) for mean, seen in pairs)
+        return c, math.sqrt(rest / sum(seen.numel() for _, seen in pairs) / square)
+
+
 @dataclass(frozen=True)
-class GradientNoise:
+class GradientNoise(Averaged):
     """The samples' gradients of one layer seen through the singular vectors (u, v) of its weight.
 
     Parameters
@@ -81,8 +113,8 @@ class GradientNoise:
     >>> G[1, 0, 0] = 1.0
     >>> noise = GradientNoise(G @ spectrum.v, G.mT @ spectrum.u)
     >>> terms = noise.terms(spectrum)
-    >>> round(terms.gradient, 12), round(terms.noise, 12), round(terms.noise_curvature, 12)
-    (0.5, 0.25, 0.0)
+    >>> round(terms.gradient_curvature, 12), round(terms.noise, 12), round(terms.noise_curvature, 12)
+    (0.0, 0.25, 0.0)
     """
 
     p: Tensor
@@ -117,56 +149,36 @@ class GradientNoise:
         """M, the number of samples."""
         return len(self.p)
 
-    def mismatch(self, gradient: Tensor, spectrum: Spectrum) -> float:
-        """How far the samples are from summing to ``gradient`` (m, n), relative to the sum of their sizes.
+    @cached_property
+    def means(self) -> Pair:
+        """Means of ``p`` and ``q``."""
+        return self.p.mean(0), self.q.mean(0)
 
-        Compared where it matters: on ``gradient v`` and ``gradient^T u``. NaN if anything is not finite.
+    @cached_property
+    def sizes(self) -> tuple[float, float]:
+        """Mean norms of ``p_i`` and of ``q_i``."""
+        p, q = (float(torch.linalg.vector_norm(samples, dim=-1).mean()) for samples in (self.p, self.q))
+        return p, q
+
+    def terms(self, spectrum: Spectrum, along: Pair | None = None) -> NoiseTerms:
+        """All contractions with the derivatives of the largest singular value.
+
+        ``along`` is ``(G v, G^T u)`` of the gradient G for ``gradient_curvature``; by default the samples' mean.
         """
-        worst = 0.0
-        for samples, whole in self._pairs(gradient, spectrum):
-            size = float(torch.linalg.vector_norm(samples, dim=-1).mean() + torch.linalg.vector_norm(whole))
-            error = float(torch.linalg.vector_norm(samples.mean(0) - whole))
-            if size > 0.0:
-                worst = max(worst, error / size) if error == error else _NAN
-            if worst != worst:
-                return _NAN
-        return worst
-
-    def factor(self, gradient: Tensor, spectrum: Spectrum) -> tuple[float, float]:
-        """The number c for which the samples' mean times c is nearest to ``gradient``, and its standard error."""
-        product = square = rest = 0.0
-        entries = 0
-        for samples, whole in self._pairs(gradient, spectrum):
-            size = float(torch.linalg.vector_norm(samples, dim=-1).mean()) or 1.0
-            product += float((samples.mean(0) / size) @ (whole / size))
-            square += float((samples.mean(0) / size).square().sum())
-            entries += whole.numel()
-        if not square > 0.0:
-            return _NAN, math.inf
-        c = product / square
-        for samples, whole in self._pairs(gradient, spectrum):
-            size = float(torch.linalg.vector_norm(samples, dim=-1).mean()) or 1.0
-            rest += float(((whole - c * samples.mean(0)) / size).square().sum())
-        return c, math.sqrt(rest / entries / square)
-
-    def _pairs(self, gradient: Tensor, spectrum: Spectrum) -> tuple[tuple[Tensor, Tensor], ...]:
-        return (self.p, gradient @ spectrum.v), (self.q, gradient.T @ spectrum.u)
-
-    def terms(self, spectrum: Spectrum) -> NoiseTerms:
-        """All contractions with the derivatives of the largest singular value."""
         u = spectrum.u
-        p_mean, q_mean = self.p.mean(0), self.q.mean(0)
-        p, q = self.p - p_mean, self.q - q_mean
+        p, q = (samples - mean for samples, mean in zip((self.p, self.q), self.means, strict=True))
+        p_along, q_along = along or self.means
+        # one call: most of its cost is in the overhead and in reading the matrix
+        *forms, form = hessian_pairing(spectrum, torch.cat([p, p_along[None]]), torch.cat([q, q_along[None]])).tolist()
         scores = self.p @ u
         noise = noise_curvature = _NAN
         if self.batch > 1:
             norm = 1.0 / (self.batch * (self.batch - 1))
             noise = norm * float((p @ u).square().sum())
-            noise_curvature = norm * (float(hessian_pairing(spectrum, p, q).sum()) + 2.0 * self._bending(centred=True))
+            noise_curvature = norm * (math.fsum(forms) + 2.0 * self._bending())
         noise_var, noise_curvature_var = self._variance_part(spectrum)
         return NoiseTerms(
-            gradient=float(u @ p_mean),
-            gradient_curvature=float(hessian_pairing(spectrum, p_mean, q_mean)) + 2.0 * self._bending(centred=False),
+            gradient_curvature=form,
             noise=noise,
             noise_curvature=noise_curvature,
             noise_var=noise_var,
@@ -174,12 +186,12 @@ class GradientNoise:
             scores=scores,
         )
 
-    def _bending(self, centred: bool) -> float:
-        """``sum_i a_i . b_i`` of the centred samples, or ``a . b`` of their means."""
+    def _bending(self) -> float:
+        """``sum_i a_i . b_i`` of the centred samples."""
         if self.bend is None:
             return 0.0
         a, b = self.bend
-        return float(((a - a.mean(0)) * (b - b.mean(0))).sum() if centred else a.mean(0) @ b.mean(0))
+        return float(((a - a.mean(0)) * (b - b.mean(0))).sum())
 
     def _variance_part(self, spectrum: Spectrum) -> tuple[float, float]:
         """The pairings of J J^T and H with diag(Sigma) (theory 2.4, "variance/covariance split")."""

@@ -30,13 +30,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lipdyn_torch.distributed import full
+from lipdyn_torch.layers import working
 
 __all__ = ["Response", "mean_drift", "respond"]
 
 
 @dataclass(frozen=True)
 class Response:
-    """What one step makes of one parameter's gradient; tensors have the parameter's shape, in float64.
+    """What one step makes of one parameter's gradient; tensors have the parameter's shape, in its own precision.
+
+    Half precision is widened to single.
 
     Attributes
     ----------
@@ -58,16 +61,18 @@ class Response:
     weights: Tensor | None = None
     decay: float = 0.0
 
-    def explains(self, change: Tensor, parameter: Tensor) -> bool:
-        """Whether the change really made is `step`, up to the rounding of the parameter (its old value)."""
-        eps = torch.finfo(parameter.dtype).eps
-        rounding = 8 * eps * float(torch.linalg.vector_norm(full(parameter.detach()).double()))
+    def explains(self, old: Tensor, new: Tensor) -> bool:
+        """Whether the parameter's change is `step`, up to its rounding."""
+        rounding = 8 * torch.finfo(old.dtype).eps * float(torch.linalg.vector_norm(working(old)))
         size = float(torch.linalg.vector_norm(self.step))
-        return float(torch.linalg.vector_norm(change - self.step)) <= rounding + 1e-3 * size
+        change = working(new) - working(old)
+        return float(torch.linalg.vector_norm(change.sub_(self.step))) <= rounding + 1e-3 * size
 
 
-def respond(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Response | str:
-    """The response of ``optimizer`` to the gradient in ``parameter.grad``, or why it is not known.
+def respond(
+    optimizer: Optimizer, group: dict[str, Any], parameter: Tensor, gradient: Tensor | None = None
+) -> Response | str:
+    """The response of ``optimizer`` to ``gradient`` (default: `gradient_of` the parameter), or why it is not known.
 
     Call it before ``optimizer.step()``. Source: theory 5.
 
@@ -89,7 +94,8 @@ def respond(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> R
         return f"{type(optimizer).__name__}: drift and noise terms are not known for this optimiser"
     if parameter.grad is None:
         return "no gradient reached this layer"
-    return rule(group, optimizer.state.get(parameter, {}), gradient_of(optimizer, parameter), parameter)
+    gradient = gradient_of(optimizer, parameter) if gradient is None else gradient
+    return rule(group, optimizer.state.get(parameter, {}), gradient, parameter)
 
 
 def mean_drift(group: dict[str, Any], response: Response, gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -99,15 +105,15 @@ def mean_drift(group: dict[str, Any], response: Response, gradient: Tensor, para
     """
     if group.get("decoupled_weight_decay", False):
         group = {**group, "weight_decay": 0.0}
-    g = response.gain * _with_decay(group, full(gradient).to(torch.float64), parameter)
+    g = response.gain * _with_decay(group, full(gradient).to(response.drift.dtype), parameter)
     return g if response.weights is None else response.weights * g
 
 
 def gradient_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
-    """The gradient in true units, dense, in float64: fused optimisers undo the loss scale only inside the step."""
+    """A copy of the gradient in true units, dense: fused optimisers undo the loss scale only inside the step."""
     assert parameter.grad is not None
     g = full(parameter.grad.detach())
-    g = (g.to_dense() if g.is_sparse else g).to(torch.float64, copy=True)
+    g = working((g.to_dense() if g.is_sparse else g).clone())
     scale = getattr(optimizer, "grad_scale", None)
     return g if scale is None else g / float(scale)
 
@@ -115,7 +121,8 @@ def gradient_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
 def _with_decay(group: dict[str, Any], g: Tensor, parameter: Tensor) -> Tensor:
     """The gradient as the optimiser's formula has it: sign, and coupled weight decay."""
     g = -g if group.get("maximize", False) else g
-    return g + float(group.get("weight_decay", 0.0)) * full(parameter.detach()).double()
+    decay = float(group.get("weight_decay", 0.0))
+    return g if decay == 0.0 else g + decay * working(full(parameter.detach()))
 
 
 def _sgd(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Tensor) -> Response | str:
@@ -126,7 +133,7 @@ def _sgd(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Ten
     if not 0.0 < beta < 1.0:
         return f"momentum {beta:g}: the responses to a gradient have no sum"
     held = state.get("momentum_buffer")
-    buffer = g if held is None else beta * full(held).double() + (1.0 - tau) * g
+    buffer = g if held is None else beta * full(held).to(g.dtype) + (1.0 - tau) * g
     gain = (1.0 - tau) / (1.0 - beta)
     return Response(gain * g, -lr * (g + beta * buffer if group["nesterov"] else buffer), gain)
 
@@ -160,13 +167,13 @@ def _adam(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Te
     drift = W * mean / (1.0 - beta1**taken)
     if not decoupled:
         return Response(drift, -lr * drift, 1.0, W)
-    return Response(drift, -lr * (drift + decay * full(parameter.detach()).double()), 1.0, W, decay)
+    return Response(drift, -lr * (drift + decay * working(full(parameter.detach()))), 1.0, W, decay)
 
 
 def _held(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
-    """A tensor of the optimiser's state in float64; zeros before the first step."""
+    """A tensor of the optimiser's state in the precision of ``like``; zeros before the first step."""
     held = state.get(name)
-    return torch.zeros_like(like) if held is None else full(held).double()
+    return torch.zeros_like(like) if held is None else full(held).to(like.dtype)
 
 
 _RESPONSES: dict[type[Optimizer], Callable[..., Response | str]] = {

@@ -29,13 +29,9 @@ def matrices() -> Samples:
 
 
 def noise_of(weight: Tensor, gradients: Tensor, mean: Tensor) -> tuple:
-    spectrum = read_spectrum(weight[None]) if NEEDS_GROUPS else read_spectrum(weight)
+    spectrum = read_spectrum(weight)
     squares = gradients.square().sum(0)
     return spectrum, GradientNoise(gradients @ spectrum.v, gradients.mT @ spectrum.u, squares, mean)
-
-
-#: Whether spectra are of stacks of matrices.
-NEEDS_GROUPS = "matrices" in read_spectrum.__annotations__
 
 
 def combined(rank: int, cut: int, broken: bool = False) -> list:
@@ -55,7 +51,7 @@ def combined(rank: int, cut: int, broken: bool = False) -> list:
         if noise is None:
             out.append(None)
             continue
-        mismatch = noise.mismatch(noise.mean, spectrum)
+        mismatch = noise.mismatch(spectrum.project(noise.mean))
         out.append((noise.batch, vars(noise.terms(spectrum)), mismatch, vars(noise.scaled(0.5).terms(spectrum))))
     return out
 
