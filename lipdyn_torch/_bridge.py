@@ -173,7 +173,7 @@ def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor) -> Tensor:
 @one_thread
 def hessian_diagonal(spectrum: Spectrum) -> Tensor:
     """The diagonal of the Hessian of sigma as a matrix (m, n) (theory 2.4)."""
-    return specpert.SigmaHessian(spectrum.matrix).diagonal()  # needs all singular vectors
+    return specpert.SigmaHessian(spectrum.triplet).diagonal()
 
 
 @one_thread
@@ -220,7 +220,12 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -
 
 def _singular_values(matrices: Tensor) -> Tensor:
     """All singular values, descending; the small ones to half the digits, which is enough to tell them apart."""
-    gram = matrices @ matrices.mT if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT @ matrices
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    if wide.device.type == "cpu":  # NumPy sees the symmetry of one product and does half the work
+        rows = [one @ one.T for one in wide.reshape(-1, *wide.shape[-2:]).numpy()]
+        gram = torch.from_numpy(np.stack(rows)).reshape(*wide.shape[:-1], wide.shape[-2])
+    else:
+        gram = wide @ wide.mT
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
 
 

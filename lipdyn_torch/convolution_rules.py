@@ -47,6 +47,8 @@ class ConvRule(LayerRule):
         if weights is not None:
             return super().contract(module, x, delta, u, v, block, weights)
         x, delta = self.operands(module, working(x), working(delta), block.group)
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            x = _padded(module, x)
         u, v = u.to(delta.dtype), v.to(x.dtype)
         taps, size, out = module.weight[0, 0].numel(), x.shape[2:], delta.shape[2:]
         kernel = v.reshape(x.shape[1], taps).T
@@ -62,16 +64,15 @@ class ConvRule(LayerRule):
 
     def per_sample(self, module: Any, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """Kernel gradients from unfolded patches, a chunk of samples at a time."""
-        x, delta = self.operands(module, x.double(), delta.double(), block.group)
-        taps, places = module.weight[0, 0].numel(), delta[0, 0].numel()
-        for chunk in chunks(len(x), x.shape[1] * taps * (places + delta.shape[1])):
-            patches = _patches(module, x[chunk], delta.shape[2:])
-            yield torch.einsum("iot,ictk->iock", delta[chunk].flatten(2), patches).flatten(2)
+        x, delta = self.operands(module, working(x), working(delta), block.group)
+        taps, out = module.weight[0, 0].numel(), delta.shape[2:]
+        for chunk in chunks(len(x), x.shape[1] * taps * (out.numel() + delta.shape[1])):
+            yield delta[chunk].flatten(2) @ _patches(module, _padded(module, x[chunk]), out)
 
     def operands(self, module: Any, x: Tensor, delta: Tensor, group: int) -> tuple[Tensor, Tensor]:
-        """The group's channels of the padded input and of the output gradient: batched."""
+        """The group's channels of the input and of the output gradient: batched, not padded."""
         dims = len(module.kernel_size)
-        return _group(module, _padded(module, x), group), _group(module, _batched(delta, dims), group)
+        return _group(module, _batched(x, dims), group), _group(module, _batched(delta, dims), group)
 
 
 class ConvTransposeRule(ConvRule):
@@ -79,8 +80,7 @@ class ConvTransposeRule(ConvRule):
 
     def operands(self, module: Any, x: Tensor, delta: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Input and output gradient in each other's place."""
-        dims = len(module.kernel_size)
-        return _group(module, _padded(module, delta), group), _group(module, _batched(x, dims), group)
+        return super().operands(module, delta, x, group)
 
 
 def _batched(a: Tensor, dims: int) -> Tensor:
@@ -92,55 +92,76 @@ def _group(module: Any, a: Tensor, group: int) -> Tensor:
     return a[:, group * width : (group + 1) * width]
 
 
+def _padding(module: Any) -> list[tuple[int, int]]:
+    """Pixels added before and after, axis by axis."""
+    if module.padding == "valid":
+        return [(0, 0)] * len(module.kernel_size)
+    if module.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(int(p), int(p)) for p in module.padding]
+
+
 def _padded(module: Any, x: Tensor) -> Tensor:
-    """The picture as the kernel sees it: batched, padded; the convolution then has no padding."""
-    width: list[int] = []  # F.pad wants the last axis first
-    for axis in reversed(range(len(module.kernel_size))):
-        if module.padding == "same":
-            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
-            width += [total // 2, total - total // 2]
-        elif module.padding == "valid":
-            width += [0, 0]
-        else:
-            width += [int(module.padding[axis])] * 2
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = _batched(x, len(module.kernel_size))
-    return functional.pad(x, width, mode=mode) if any(width) else x
+    """The picture as the kernel sees it, padded; the convolution then has no padding."""
+    width = [p for both in reversed(_padding(module)) for p in both]  # F.pad wants the last axis first
+    mode = getattr(module, "padding_mode", "zeros")
+    return functional.pad(x, width, mode="constant" if mode == "zeros" else mode) if any(width) else x
 
 
-def _taps(module: Any, out: torch.Size) -> Iterator[tuple[slice, ...]]:
-    """For each kernel tap, the input pixels it reads for the output pixels ``out``."""
+def _taps(module: Any, size: torch.Size, out: torch.Size) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """For each kernel tap the input pixels (of a picture of that size) it reads, and the output pixels they are for.
+
+    What it reads of a border of zeros is left out; other borders are part of the picture.
+    """
+    border = [before if getattr(module, "padding_mode", "zeros") == "zeros" else 0 for before, _ in _padding(module)]
     for tap in itertools.product(*(range(k) for k in module.kernel_size)):
-        yield tuple(
-            slice(a * d, a * d + (places - 1) * s + 1, s)
-            for a, d, s, places in zip(tap, module.dilation, module.stride, out, strict=True)
-        )
+        read, written = [], []
+        for a, d, s, before, pixels, places in zip(
+            tap, module.dilation, module.stride, border, size, out, strict=True
+        ):
+            start = a * d - before
+            first = max(0, -(start // s))
+            count = max(0, min(places, (pixels - 1 - start) // s + 1) - first)
+            begin = start + first * s if count else 0
+            read.append(slice(begin, begin + s * max(count - 1, 0) + min(count, 1), s))
+            written.append(slice(first, first + count))
+        yield tuple(read), tuple(written)
 
 
 def _gathered(module: Any, planes: Tensor, out: torch.Size) -> Tensor:
     """(M, K, *size) to (M, *out): what tap k reads of plane k, added up."""
     total = planes.new_zeros(len(planes), *out)
-    for k, where in enumerate(_taps(module, out)):
-        total += planes[(slice(None), k, *where)]
+    for k, (read, written) in enumerate(_taps(module, planes.shape[2:], out)):
+        total[(slice(None), *written)] += planes[(slice(None), k, *read)]
     return total
 
 
 def _scattered(module: Any, t: Tensor, size: torch.Size) -> Tensor:
     """(M, *out) to (M, K, *size), the adjoint: plane k holds ``t`` at the input pixels that tap k reads."""
     placed = t.new_zeros(len(t), module.weight[0, 0].numel(), *size)
-    for k, where in enumerate(_taps(module, t.shape[1:])):
-        placed[(slice(None), k, *where)] = t
+    for k, (read, written) in enumerate(_taps(module, size, t.shape[1:])):
+        placed[(slice(None), k, *read)] = t[(slice(None), *written)]
     return placed
 
 
 def _patches(module: Any, x: Tensor, out: torch.Size) -> Tensor:
-    """(M, c, *size) to (M, c, T, K): what the kernel reads at each of the T places."""
+    """(M, c, *size), padded, to (M, T, c K): what the kernel reads at each of the T places."""
+    dims = len(out)
+    if dims == 2 and x.numel() > 0:
+        whole = functional.unfold(x, module.kernel_size, module.dilation, stride=module.stride)
+        grid = [
+            (pixels - d * (k - 1) - 1) // s + 1
+            for pixels, k, d, s in zip(x.shape[2:], module.kernel_size, module.dilation, module.stride, strict=True)
+        ]
+        if grid != list(out):  # a transposed convolution with output padding reads fewer
+            whole = whole.unflatten(2, grid)[..., : out[0], : out[1]].flatten(2)
+        return whole.mT
     for axis, (k, s, d, places) in enumerate(
         zip(module.kernel_size, module.stride, module.dilation, out, strict=True), start=2
     ):
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d].narrow(axis, 0, places)
-    dims = len(out)
-    return x.flatten(2, dims + 1).flatten(3)
+    return x.movedim(1, 1 + dims).flatten(1, dims).flatten(2)
 
 
 _TYPES: dict[type[nn.Module], LayerRule] = {

@@ -135,9 +135,9 @@ class LayerRule:
         p, q = [], []
         for G in self.per_sample(module, x, delta, block):
             G = G if W is None else W * G
-            p.append(G @ v)
-            q.append(G.mT @ u)
-        return torch.cat(p), torch.cat(q)
+            p.append(G @ v.to(G.dtype))
+            q.append(G.mT @ u.to(G.dtype))
+        return torch.cat(p).double(), torch.cat(q).double()
 
     def sum_of_squares(self, module: Any, x: Any, delta: Tensor, block: Block) -> Tensor | None:
         """``sum_i G_i o G_i`` (m, n), or None where the matrix is not the parameter itself."""
@@ -149,8 +149,8 @@ class LayerRule:
 
 
 def sum_of_squares(per_sample: Iterator[Tensor]) -> Tensor:
-    """``sum_i G_i o G_i`` from chunks of per-sample gradients."""
-    total = next(per_sample).square().sum(0)
+    """``sum_i G_i o G_i`` in float64, from chunks of per-sample gradients."""
+    total = next(per_sample).square().sum(0).double()
     for G in per_sample:
         total += G.square().sum(0)
     return total
@@ -188,16 +188,16 @@ class LinearRule(LayerRule):
 
     def sum_of_squares(self, module: nn.Module, x: Tensor, delta: Tensor, block: Block) -> Tensor:
         """``(delta o delta)^T (x o x)`` for vectors; per-sample gradients in chunks for sequences."""
-        a, d = self.positions(x.double()), self.positions(delta.double())
+        a, d = self.positions(working(x)), self.positions(working(delta))
         if a.shape[1] == 1:  # one position: the square of an outer product is the outer product of squares
-            return d[:, 0].square().T @ a[:, 0].square()
+            return (d[:, 0].square().T @ a[:, 0].square()).double()
         return sum_of_squares(self.per_sample(module, x, delta, block))
 
     def per_sample(self, module: nn.Module, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """``G_i = sum_t delta_it x_it^T``."""
-        x, delta = self.positions(x.double()), self.positions(delta.double())
+        x, delta = self.positions(working(x)), self.positions(working(delta))
         for chunk in chunks(len(x), delta.shape[-1] * x.shape[-1]):
-            yield torch.einsum("ito,itn->ion", delta[chunk], x[chunk])
+            yield delta[chunk].mT @ x[chunk]
 
     @staticmethod
     def positions(a: Tensor) -> Tensor:

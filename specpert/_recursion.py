@@ -52,14 +52,21 @@ class Vectors:
         return f, g
 
 
-def extend(vectors: Vectors, resolvent: Resolvent, E0: Array, coupled: Array, order: int, xp: Namespace) -> list[Array]:
-    """Vectors of orders 1..order, appended to `vectors`; effective matrices of orders 0..order (theory 1.4, 1.8)."""
+def extend(
+    vectors: Vectors, resolvent: Resolvent, E0: Array, coupled: Array, order: int, xp: Namespace, last: bool = True
+) -> list[Array]:
+    """Vectors of orders 1..order, appended to `vectors`; effective matrices of orders 0..order (theory 1.4, 1.8).
+
+    Without `last` the vectors of the last order, which no effective matrix needs, are left out.
+    """
     E = [E0]
     P, Q = vectors.P, vectors.Q
     P0a, Q0a = adjoint(P[0], xp), adjoint(Q[0], xp)
     for n in range(1, order + 1):
         f, g = vectors.right_hand_side(n)
         E.append(coupled * ((P0a @ f + Q0a @ g) / 2))
+        if n == order and not last:
+            break
         for j in range(1, n):
             f = f - P[j] @ E[n - j]
             g = g - Q[j] @ E[n - j]

@@ -51,7 +51,7 @@ class SmallSideResolvent:
 
     Eliminating y = (g + A^* x) / sigma from sigma x - A y = f, sigma y - A^* x = g leaves
     (sigma^2 I - K) x = sigma f + A g, which `solve` answers on the complement of u. With `mirrored` it is the resolvent
-    of the adjoint: K is then A^* A. For a cluster u (m, c), v (n, c) and sigma (c,), and column j has its own sigma_j;
+    of the adjoint: K is then A^* A. `matrix` is A or A^*, whichever is wide, where it is known. For a cluster u (m, c), v (n, c) and sigma (c,), and column j has its own sigma_j;
     for one value any number of columns.
     """
 
@@ -63,7 +63,9 @@ class SmallSideResolvent:
         v: np.ndarray,
         sigma: np.ndarray,
         mirrored: bool,
+        matrix: np.ndarray | None = None,
     ) -> None:
+        self.matrix = matrix
         self.solve, self.u, self.v, self.sigma, self.mirrored = solve, u, v, sigma, mirrored
         self.apply, self.apply_adjoint = products
         self.sums = sigma[:, None] + sigma
@@ -95,6 +97,20 @@ class SmallSideResolvent:
         f, g, r = self._reduce(f, g)
         return np.asarray((np.sum(_square(g), axis=0) + self.solve.form(r)) / self.sigma)
 
+    def diagonal_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of one value: diagonals (m,) and (n,) of the blocks L and R, and the block C (m, n) (theory 1.3)."""
+        if self.matrix is None:
+            raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
+        A, u, v, sigma = self.matrix, self.u, self.v, float(self.sigma[0])
+        S = self.solve(np.eye(len(u), dtype=u.dtype) - u @ u.conj().T)
+        S = S - u @ (u.conj().T @ S)
+        C = S @ A
+        uu, vv = _square(u[:, 0]), _square(v[:, 0])
+        L = sigma * np.diagonal(S).real + uu / (4 * sigma)
+        R = (1 + np.sum(A.real * C.real + A.imag * C.imag, axis=0)) / sigma - 0.75 * vv / sigma
+        C = C - u @ v.conj().T / (4 * sigma)
+        return (R, L, C.conj().T) if self.mirrored else (L, R, C)
+
     @property
     def residuals(self) -> list[float]:
         """Residual of each solve so far, as one of the Jordan-Wielandt equation; empty for a factorisation."""
@@ -110,6 +126,11 @@ class HostResolvent:
     def __call__(self, f: Array, g: Array) -> tuple[Array, Array]:
         x, y = self.resolvent(np.from_dlpack(f), np.from_dlpack(g))
         return from_host(x, self.like, self.xp), from_host(y, self.like, self.xp)
+
+    def diagonal_blocks(self) -> tuple[Array, Array, Array]:
+        """As of the resolvent."""
+        L, R, C = (from_host(x, self.like, self.xp) for x in self.resolvent.diagonal_blocks())
+        return L, R, C
 
     def quadratic(self, f: Array, g: Array) -> Array:
         """As of the resolvent."""

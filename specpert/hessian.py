@@ -190,10 +190,14 @@ class SigmaHessian:
         For complex A shape (..., m, n, 2): for the directions E_pq and i E_pq.
         """
         xp = self._xp
-        L, R, C = self._spectrum.blocks()
+        if self.triplet._svd is None:
+            assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
+            L, R, C = self._resolvent.diagonal_blocks()
+        else:
+            L, R, C = self._spectrum.diagonal_blocks()
         u, v = self._u[..., :, None], self._v[..., None, :]
-        left = real(xp.linalg.diagonal(L), xp)[..., :, None] * _square(v, xp)
-        right = _square(u, xp) * real(xp.linalg.diagonal(R), xp)[..., None, :]
+        left = L[..., :, None] * _square(v, xp)
+        right = _square(u, xp) * R[..., None, :]
         cross = 2 * real(u * xp.conj(v) * C if is_complex(C, xp) else u * v * C, xp)
         if not is_complex(self.triplet._P0, xp):
             return finite(ldexp(left + right + cross, -self.triplet._e[..., None, None], xp), "Hessian", xp)
@@ -288,6 +292,15 @@ class _Spectrum:
         if n > m:
             R = R + (eye(n, V, xp) - V @ Va) / sigma
         return L, R, C
+
+    def diagonal_blocks(self) -> tuple[Array, Array, Array]:
+        """The diagonals of L and R, and C."""
+        xp, U, V = self.xp, self.U, self.V
+        direct, cross = (self.minus + self.plus)[..., None, :], (self.minus - self.plus)[..., None, :]
+        # 1 / sigma for what a thin SVD leaves out, and the rest for what it holds
+        base = 1 / self.sigma[..., None, None]
+        L, R = (xp.sum(_square(X, xp) * (direct - base), axis=-1) + base[..., 0] for X in (U, V))
+        return L, R, (U * cross) @ adjoint(V, xp)
 
 
 def _blocked_projections(G: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -248,7 +248,8 @@ def _expand(triplet: SingularTriplet, family: list[Array], order: int, vectors: 
         return SigmaSeries(lam, triplet.gap, triplet.status, None, None, Certificate(triplet, t, tuple(scaled)))
     state = Vectors([products(A_j, xp) for A_j in scaled], triplet._P0, triplet._Q0)
     resolvent = triplet._resolvent()
-    E = extend(state, resolvent, triplet._E0, triplet._coupled, order if vectors or cluster else order // 2, xp)
+    needed = order if vectors or cluster else order // 2
+    E = extend(state, resolvent, triplet._E0, triplet._coupled, needed, xp, last=vectors or not cluster)
     left, right = (_vector_coefficients(triplet, w, t) if vectors else None for w in (state.P, state.Q))
     certificate = Certificate(triplet, t, tuple(scaled), tuple(getattr(resolvent, "residuals", ())))
     if cluster:

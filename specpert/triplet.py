@@ -464,7 +464,8 @@ def _by_gram(
         if w[c - 1] - w[c] <= 100 * r * float(np.finfo(dtype).eps) * w[0]:
             raise np.linalg.LinAlgError("the gap is within rounding")
         solve = EigenSolver(w[c:], X[:, c:], s[:c])
-    resolvent = SmallSideResolvent(solve, (lambda x: B @ x, lambda y: Ba @ y), u, v, s[:c], mirrored=not wide)
+    products = (lambda x: B @ x, lambda y: Ba @ y)
+    resolvent = SmallSideResolvent(solve, products, u, v, s[:c], mirrored=not wide, matrix=B)
     s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, margin))
     wrapped = resolvent if is_numpy(like) else HostResolvent(resolvent, like, xp)
     real = real_dtype(like.dtype, xp)
