@@ -26,10 +26,11 @@ class Row:
     ratio: float
     low: float
     high: float
-    ours_ms: float
-    theirs_ms: float
+    ours: float
+    theirs: float
     limit: float | None
     note: str = ""
+    unit: str = "ms"
 
     @property
     def verdict(self) -> str:
@@ -92,14 +93,15 @@ def run(title: str, jobs: list[Callable[[], Row]], command: str) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| work | ratio (quartiles) | at most | | ours, ms | theirs, ms | note |",
+        "| work | ratio (quartiles) | at most | | ours | theirs | note |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         limit = "" if r.limit is None else f"{r.limit:g}"
         spread = f"{r.ratio:.3g} ({r.low:.3g} to {r.high:.3g})"
         lines.append(
-            f"| {r.name} | {spread} | {limit} | {r.verdict} | {r.ours_ms:.3g} | {r.theirs_ms:.3g} | {r.note} |"
+            f"| {r.name} | {spread} | {limit} | {r.verdict} "
+            f"| {r.ours:.3g} {r.unit} | {r.theirs:.3g} {r.unit} | {r.note} |"
         )
     return "\n".join(lines)
 

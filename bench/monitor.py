@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
+from scipy.linalg import cho_factor
 from torch import nn
 
 from bench.harness import Row, compare
@@ -79,7 +86,26 @@ def row(
     every = settings.get("every", 1)
     steps = min(every, 10)
     ours, plain = (repeated(trainer(make, shape, M, s), steps) for s in (settings, None))
-    return compare(name, ours, plain, limit=limit, seconds=seconds)
+    measured = compare(name, ours, plain, limit=limit, seconds=seconds)
+    if every > steps:
+        return measured
+    share = factorisations(make()) / (measured.theirs / 1e3) * steps / every
+    return replace(measured, note=f"of which {share:.2g} for the Gram and Cholesky factors of the weights")
+
+
+def factorisations(model: nn.Module) -> float:
+    """Seconds for the Gram matrix of the smaller side of every weight and a Cholesky factor of it, in float64."""
+    weights = [p.detach().flatten(1).double().numpy() for p in model.parameters() if p.ndim > 1]
+    weights = [W if W.shape[0] <= W.shape[1] else W.T for W in weights]
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        for W in weights:
+            K = W @ W.T
+            K[np.diag_indices_from(K)] += 1.0
+            cho_factor(K.T, lower=True, overwrite_a=True, check_finite=False)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def per_sample(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], M: int) -> Row:
@@ -109,6 +135,42 @@ def per_sample(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...],
     return compare(name, obvious, plain, seconds=15.0)
 
 
+MEMORY = """
+import sys
+from bench.monitor import convnet, trainer
+from lipdyn_torch._bridge import read_spectrum
+import torch
+read_spectrum(torch.randn(300, 300, dtype=torch.float64))  # libraries are loaded either way
+step = trainer(convnet, (3, 32, 32), 128, {} if sys.argv[1] == "monitored" else None)
+for _ in range(4):
+    step()
+status = open("/proc/self/status").read().split()
+print(int(status[status.index("VmHWM:") + 1]) / 1024)
+"""
+
+
+def memory() -> Row:
+    """Peak memory of training with the monitor and without, each in a process of its own (Linux)."""
+
+    def peak(kind: str) -> float:
+        done = subprocess.run([sys.executable, "-c", MEMORY, kind], check=True, capture_output=True, text=True)
+        return float(done.stdout)
+
+    pairs = [(peak("monitored"), peak("plain")) for _ in range(3)]
+    model, sizes = convnet(), []
+    for layer in model:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+    model(torch.randn(128, 3, 32, 32))
+    kept = 2 * 4 * sum(sizes) / 2**20  # outputs and their gradients, in single precision
+    ratios = sorted((ours - plain) / kept for ours, plain in pairs)
+    ours, plain = (statistics.median(x) for x in zip(*pairs, strict=True))
+    name = "ConvNet, peak memory above plain training, to the layers' outputs and their gradients"
+    return Row(
+        name, ratios[1], ratios[0], ratios[2], ours - plain, kept, 1.0, f"plain training: {plain:.0f} MiB", "MiB"
+    )
+
+
 def jobs() -> list[Callable[[], Row]]:
     image, pixels = (3, 32, 32), (784,)
     return [
@@ -122,4 +184,6 @@ def jobs() -> list[Callable[[], Row]]:
         partial(row, "the same, attached but idle", mlp, pixels, 128, {"every": 10**9}, 1.01),
         partial(per_sample, "the same by vmap(grad) and a thin SVD", mlp, pixels, 128),
         partial(row, "Linear 4096 -> 1024, M = 64, all terms, every step", wide, (4096,), 64, {}, 2.5),
+        partial(row, "the same, every 10th step", wide, (4096,), 64, {"every": 10}, None),
+        memory,
     ]

@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 
 from lipdyn_torch._bridge import Pair, Spectrum
 from lipdyn_torch._hooks import Call, Pass, Watch
-from lipdyn_torch.distributed import full
 from lipdyn_torch.layers import Block, working
-from lipdyn_torch.noise import GradientNoise, common_factor
+from lipdyn_torch.noise import GradientNoise, common_factor, mismatch, nearest_factor
 from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
 
 __all__ = ["Caught", "collect", "settle"]
@@ -91,9 +90,13 @@ def collect(
     caught.eps = max(watch.eps, *(torch.finfo(p.dtype).eps for p in watch.parameters))
     caught.batch = sum(single.samples for single in passes)
     if not caught.frozen:
-        _check(caught, optimizer, owned, passes)
-        if not caught.problems and caught.spectrum.triplet is not None:
-            _respond(caught, optimizer, groups, split, reference)
+        # Shards are gathered here and in the response: whatever this process's samples did, all must come by.
+        gradients = [
+            gradient_of(optimizer, p) if p.requires_grad and p.grad is not None else None for p in watch.parameters
+        ]
+        _check(caught, optimizer, owned, passes, gradients)
+        if caught.spectrum.triplet is not None and None not in owned:
+            _respond(caught, optimizer, groups, gradients, split, reference)
         if not caught.problems and caught.drift is not None:
             _gather(caught, passes, split)
     caught.problems += [problem for problem in watch.problems if problem not in caught.problems]
@@ -105,21 +108,27 @@ def _largest_rate(optimizer: Optimizer) -> float:
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
-def _check(caught: Caught, optimizer: Optimizer, owned: list[dict[str, Any] | None], passes: list[Pass]) -> None:
+def _check(
+    caught: Caught,
+    optimizer: Optimizer,
+    owned: list[dict[str, Any] | None],
+    passes: list[Pass],
+    gradients: list[Tensor | None],
+) -> None:
     """What makes the forces meaningless before anything is computed."""
     watch, problems = caught.watch, caught.problems
     problems += watch.problems
-    gradients = [full(p.grad) for p in watch.parameters if p.requires_grad and p.grad is not None]
+    known = [g for g in gradients if g is not None]
     if None in owned:
         problems.append(UNOWNED)
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and float(found_inf) > 0:
         problems.append(SKIPPED)
-    elif not all(_finite(g.coalesce().values() if g.is_sparse else g) for g in gradients):
+    elif not all(_finite(g) for g in known):
         problems.append(NOT_FINITE)
     if not passes:
         problems.append(SILENT if watch.accumulated else NO_GRADIENT)
-    elif not gradients:
+    elif not known:
         problems.append(NO_GRADIENT)
 
 
@@ -132,6 +141,7 @@ def _respond(
     caught: Caught,
     optimizer: Optimizer,
     groups: dict[int, dict[str, Any]],
+    given: list[Tensor | None],
     split: bool,
     reference: Mapping[int, Tensor] | None,
 ) -> None:
@@ -139,16 +149,16 @@ def _respond(
     watch = caught.watch
     responses: list[Response] = []
     gradients: list[Tensor] = []
-    for i, (p, old) in enumerate(zip(watch.parameters, watch.values, strict=True)):
-        if not p.requires_grad or p.grad is None:  # it stays where it is
+    for i, (p, old, gradient) in enumerate(zip(watch.parameters, watch.values, given, strict=True)):
+        if gradient is None:  # it stays where it is
             still = torch.zeros_like(working(old))
             responses.append(Response(still, still, 0.0))
             gradients.append(still)
             continue
-        gradients.append(gradient_of(optimizer, p))
-        response = respond(optimizer, groups[id(p)], p, gradients[-1])
+        gradients.append(gradient)
+        response = respond(optimizer, groups[id(p)], p, gradient)
         if isinstance(response, str):
-            caught.problems.append(response)
+            caught.problems += [] if caught.problems else [response]
             return
         caught.before[i] = old, response
         responses.append(response)
@@ -255,7 +265,7 @@ def settle(layers: Sequence[Caught]) -> float:
     loss scale, or that of clipping by norm.
     """
     known = [caught for caught in layers if caught.noise is not None]
-    factors = [c.noise.factor(c.whole) for c in known if c.noise is not None and c.whole is not None]
+    factors = [nearest_factor(c.noise, c.whole) for c in known if c.noise is not None and c.whole is not None]
     factor = common_factor(factors, max(c.eps for c in known)) if known else 1.0
     for caught in known:
         assert caught.noise is not None
@@ -264,7 +274,7 @@ def settle(layers: Sequence[Caught]) -> float:
             caught.noise, caught.problems = None, [*caught.problems, LOST]
             continue
         noise = caught.noise if factor == 1.0 else caught.noise.scaled(factor)
-        error = noise.mismatch(caught.whole)
+        error = mismatch(noise, caught.whole)
         if error <= caught.tolerance:
             caught.noise = noise
             if factor != 1.0:

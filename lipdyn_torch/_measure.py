@@ -43,7 +43,7 @@ class Measurement:
             caught.problems.append(before.problem)
         if after.problem and after.problem != before.problem:
             caught.notes.append(f"after the step: {after.problem}")
-        if caught.drift is not None and caught.unexplained():
+        if caught.drift is not None and not caught.problems and caught.unexplained():
             caught.problems.append(OTHER_UPDATE)
         self.row = {"layer": caught.watch.name, "lr": caught.lr, "batch": caught.batch}
         self.row |= {"sigma": before.sigma, "gap": before.gap}

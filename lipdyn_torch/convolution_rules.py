@@ -18,6 +18,7 @@ from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule, working
 
 __all__ = ["ConvRule", "ConvTransposeRule"]
 
+
 class ConvRule(LayerRule):
     """``nn.Conv1d``, ``Conv2d``, ``Conv3d`` as the reshaped kernel (co, ci k), with any stride, padding, dilation.
 
@@ -43,7 +44,7 @@ class ConvRule(LayerRule):
         block: Block,
         weights: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """``p_i = sum_t delta_it conv(x_i; v)_t``; ``q_i`` the kernel gradient for the output gradient ``u . delta_i``."""
+        """``p_i = sum_t delta_it conv(x_i; v)_t``; ``q_i`` is the kernel's gradient for ``u . delta_i``."""
         if weights is not None:
             return super().contract(module, x, delta, u, v, block, weights)
         x, delta = self.operands(module, working(x), working(delta), block.group)
@@ -117,9 +118,7 @@ def _taps(module: Any, size: torch.Size, out: torch.Size) -> Iterator[tuple[tupl
     border = [before if getattr(module, "padding_mode", "zeros") == "zeros" else 0 for before, _ in _padding(module)]
     for tap in itertools.product(*(range(k) for k in module.kernel_size)):
         read, written = [], []
-        for a, d, s, before, pixels, places in zip(
-            tap, module.dilation, module.stride, border, size, out, strict=True
-        ):
+        for a, d, s, before, pixels, places in zip(tap, module.dilation, module.stride, border, size, out, strict=True):
             start = a * d - before
             first = max(0, -(start // s))
             count = max(0, min(places, (pixels - 1 - start) // s + 1) - first)
@@ -133,7 +132,8 @@ def _gathered(module: Any, planes: Tensor, out: torch.Size) -> Tensor:
     """(M, K, *size) to (M, *out): what tap k reads of plane k, added up."""
     total = planes.new_zeros(len(planes), *out)
     for k, (read, written) in enumerate(_taps(module, planes.shape[2:], out)):
-        total[(slice(None), *written)] += planes[(slice(None), k, *read)]
+        index: tuple[slice | int, ...] = (slice(None), k, *read)
+        total[(slice(None), *written)] += planes[index]
     return total
 
 
@@ -141,7 +141,8 @@ def _scattered(module: Any, t: Tensor, size: torch.Size) -> Tensor:
     """(M, *out) to (M, K, *size), the adjoint: plane k holds ``t`` at the input pixels that tap k reads."""
     placed = t.new_zeros(len(t), module.weight[0, 0].numel(), *size)
     for k, (read, written) in enumerate(_taps(module, size, t.shape[1:])):
-        placed[(slice(None), k, *read)] = t[(slice(None), *written)]
+        index: tuple[slice | int, ...] = (slice(None), k, *read)
+        placed[index] = t[(slice(None), *written)]
     return placed
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lipdyn_torch._bridge import Pair, Spectrum, hessian_diagonal, hessian_pairing
-from lipdyn_torch.noise import Averaged, GradientNoise, NoiseTerms
+from lipdyn_torch.noise import GradientNoise, NoiseTerms
 
 __all__ = ["JointNoise", "active", "agree", "combine", "full", "pool", "share", "summarise"]
 
@@ -82,7 +82,7 @@ class Layer(Protocol):
 
 
 @dataclass(frozen=True)
-class JointNoise(Averaged):
+class JointNoise:
     """What the terms need of a set of samples' gradients; stands in for `GradientNoise` where samples are far away.
 
     Attributes

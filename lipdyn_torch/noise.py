@@ -14,13 +14,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lipdyn_torch._bridge import Pair, Spectrum, hessian_diagonal, hessian_pairing
 
-__all__ = ["GradientNoise", "NoiseTerms", "common_factor"]
+__all__ = ["Averaged", "GradientNoise", "NoiseTerms", "common_factor", "mismatch", "nearest_factor"]
 
 _NAN = float("nan")
 
@@ -52,42 +53,49 @@ class NoiseTerms:
     scores: Tensor
 
 
-class Averaged:
-    """Samples known by their means and sizes: what the check against the gradient needs of them."""
+class Averaged(Protocol):
+    """Samples known by their means ``(G v, G^T u)`` and mean sizes."""
 
-    means: Pair
-    sizes: tuple[float, float]
+    @property
+    def means(self) -> Pair:
+        """Means of ``p`` and ``q``."""
 
-    def mismatch(self, whole: Pair) -> float:
-        """How far the samples are from summing to the gradient G, relative to the sum of their sizes.
+    @property
+    def sizes(self) -> tuple[float, float]:
+        """Mean norms of ``p_i`` and of ``q_i``."""
 
-        Compared where it matters: on ``whole``, which is ``(G v, G^T u)``. NaN if anything is not finite.
-        """
-        worst = 0.0
-        for mean, size, seen in zip(self.means, self.sizes, whole, strict=True):
-            scale = size + float(torch.linalg.vector_norm(seen))
-            error = float(torch.linalg.vector_norm(mean - seen))
-            if not error <= math.inf:
-                return _NAN
-            worst = max(worst, error / scale) if scale > 0.0 else worst
-        return worst
 
-    def factor(self, whole: Pair) -> tuple[float, float]:
-        """The number c for which the samples' mean times c is nearest to the gradient, and its standard error."""
-        pairs = [
-            (mean / (size or 1.0), seen / (size or 1.0))
-            for mean, size, seen in zip(self.means, self.sizes, whole, strict=True)
-        ]
-        square = sum(float(mean.square().sum()) for mean, _ in pairs)
-        if not square > 0.0:
-            return _NAN, math.inf
-        c = sum(float(mean @ seen) for mean, seen in pairs) / square
-        rest = sum(float((seen - c * mean).square().sum()) for mean, seen in pairs)
-        return c, math.sqrt(rest / sum(seen.numel() for _, seen in pairs) / square)
+def mismatch(noise: Averaged, whole: Pair) -> float:
+    """How far the samples are from summing to the gradient G, relative to the sum of their sizes.
+
+    Compared where it matters: on ``whole``, which is ``(G v, G^T u)``. NaN if anything is not finite.
+    """
+    worst = 0.0
+    for mean, size, seen in zip(noise.means, noise.sizes, whole, strict=True):
+        scale = size + float(torch.linalg.vector_norm(seen))
+        error = float(torch.linalg.vector_norm(mean - seen))
+        if not error <= math.inf:
+            return _NAN
+        worst = max(worst, error / scale) if scale > 0.0 else worst
+    return worst
+
+
+def nearest_factor(noise: Averaged, whole: Pair) -> tuple[float, float]:
+    """The number c for which the samples' mean times c is nearest to the gradient, and its standard error."""
+    pairs = [
+        (mean / (size or 1.0), seen / (size or 1.0))
+        for mean, size, seen in zip(noise.means, noise.sizes, whole, strict=True)
+    ]
+    square = sum(float(mean.square().sum()) for mean, _ in pairs)
+    if not square > 0.0:
+        return _NAN, math.inf
+    c = sum(float(mean @ seen) for mean, seen in pairs) / square
+    rest = sum(float((seen - c * mean).square().sum()) for mean, seen in pairs)
+    return c, math.sqrt(rest / sum(seen.numel() for _, seen in pairs) / square)
 
 
 @dataclass(frozen=True)
-class GradientNoise(Averaged):
+class GradientNoise:
     """The samples' gradients of one layer seen through the singular vectors (u, v) of its weight.
 
     Parameters
@@ -214,7 +222,7 @@ def common_factor(factors: Sequence[tuple[float, float]], eps: float) -> float:
     Parameters
     ----------
     factors : sequence of (float, float)
-        `GradientNoise.factor` of each layer: value and standard error.
+        `nearest_factor` of each layer: value and standard error.
     eps : float
         Relative precision of the gradients. In single precision and better, a mean gradient too small to tell a
         factor from means that there is nothing to tell.

@@ -26,6 +26,10 @@ class MeanGradient:
     kind : {"full", "independent"}
         All batches every time, or the next one each time (from the start again when they are used up).
 
+    Notes
+    -----
+    Where several processes train one model, give each of them the same batches.
+
     Examples
     --------
     >>> import torch
@@ -80,8 +84,24 @@ class MeanGradient:
             return torch.func.functional_call(model, buffers, args, kwargs)
 
         with torch.enable_grad():
-            gradients = torch.autograd.grad(self.loss(twin, batch), list(named.values()), allow_unused=True)
+            loss = self.loss(twin, batch)
+            if any(hasattr(p, "full_tensor") for p in named.values()):
+                return _by_backward(loss, named)
+            gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         return {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
+
+
+def _by_backward(loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Gradients of sharded parameters, which the graph does not hold: they arrive in ``grad``, left as it was."""
+    kept = {name: p.grad for name, p in named.items()}
+    try:
+        for p in named.values():
+            p.grad = None
+        loss.backward()
+        return {name: p.grad for name, p in named.items() if p.grad is not None}
+    finally:
+        for name, p in named.items():
+            p.grad = kept[name]
 
 
 def _length(batch: Any) -> int:

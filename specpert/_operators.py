@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from specpert._arrays import Array, Namespace, eps
 from specpert.result import NonFiniteError
+
+_EXACT_NORM_LIMIT = 512  # up to this smaller side the norm of a matrix is computed, beyond it bounded
 
 
 def is_operator(A: Any) -> bool:
@@ -86,8 +89,9 @@ def as_operator(A: Any, name: str) -> Operator:
     if hasattr(A, "tocsr"):
         return _from_sparse(A, name)
     if isinstance(A, np.ndarray):
-        Aa = A.conj().T
-        return Operator((m, n), A.dtype, float(np.max(np.abs(A))), _dense_bound(A), lambda x: A @ x, lambda y: Aa @ y)
+        Aa, size = A.conj().T, float(np.max(np.abs(A)))
+        bound = size * float(spectral_norm_bound(A / size, np)) if size > 0 else 0.0
+        return Operator((m, n), A.dtype, size, bound, lambda x: A @ x, lambda y: Aa @ y)
     dtype = np.result_type(A.dtype if A.dtype is not None else float, np.float64)
     probe = np.random.default_rng(0).standard_normal(n)
     image = np.asarray(A.matvec(probe))
@@ -120,16 +124,15 @@ def _from_sparse(A: Any, name: str) -> Operator:
     return Operator(A.shape, A.dtype, bound, bound, lambda x: A @ x, lambda y: adjoint @ y)
 
 
-def _dense_bound(A: np.ndarray) -> float:
-    """The norm, or for a large matrix min(||A||_F, sqrt(||A||_1 ||A||_inf)), free of overflow."""
-    largest = float(np.max(np.abs(A)))
-    if largest == 0:
-        return 0.0
-    M = A / largest
-    if min(M.shape) <= 512:
-        return largest * float(np.linalg.norm(M, 2)) * (1 + 1e-12)
-    both = float(np.linalg.norm(M, 1)) * float(np.linalg.norm(M, np.inf))
-    return largest * min(float(np.linalg.norm(M)), math.sqrt(both)) * (1 + 1e-12)
+def spectral_norm_bound(H: Array, xp: Namespace) -> Array:
+    """Upper bound of ||H||_2, shape (...): the norm and a margin; for large H min(||H||_F, sqrt(||H||_1 ||H||_inf))."""
+    m, n = H.shape[-2:]
+    if min(m, n) <= _EXACT_NORM_LIMIT:
+        return xp.max(xp.linalg.svdvals(H), axis=-1) * (1 + 10 * max(m, n) * eps(H, xp))
+    magnitude = xp.abs(H)
+    frobenius = xp.sqrt(xp.sum(magnitude * magnitude, axis=(-2, -1)))
+    columns, rows = xp.max(xp.sum(magnitude, axis=-2), axis=-1), xp.max(xp.sum(magnitude, axis=-1), axis=-1)
+    return xp.minimum(frobenius, xp.sqrt(columns * rows)) * (1 + (m + n) * eps(H, xp))
 
 
 def _norm(x: np.ndarray) -> float:

@@ -28,22 +28,10 @@ from specpert._arrays import (
     real,
     scalar,
 )
-from specpert._operators import Operator
+from specpert._checks import check_order
+from specpert._operators import Operator, spectral_norm_bound
 from specpert._recursion import Vectors, extend, products
-from specpert.triplet import SingularTriplet, check_order, prepare
-
-_EXACT_NORM_LIMIT = 512  # up to this smaller side the norm of a direction is computed, beyond it bounded
-
-
-def spectral_norm_bound(H: Array, xp: Namespace) -> Array:
-    """Upper bound of ||H||_2, shape (...): the norm and a margin; for large H min(||H||_F, sqrt(||H||_1 ||H||_inf))."""
-    m, n = H.shape[-2:]
-    if min(m, n) <= _EXACT_NORM_LIMIT:
-        return xp.max(xp.linalg.svdvals(H), axis=-1) * (1 + 10 * max(m, n) * eps(H, xp))
-    magnitude = xp.abs(H)
-    frobenius = xp.sqrt(xp.sum(magnitude * magnitude, axis=(-2, -1)))
-    columns, rows = xp.max(xp.sum(magnitude, axis=-2), axis=-1), xp.max(xp.sum(magnitude, axis=-1), axis=-1)
-    return xp.minimum(frobenius, xp.sqrt(columns * rows)) * (1 + (m + n) * eps(H, xp))
+from specpert.triplet import SingularTriplet, prepare
 
 
 def _bound(A_j: Any, like: Array, xp: Namespace) -> Array:

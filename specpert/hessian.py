@@ -31,9 +31,10 @@ from specpert._arrays import (
     real,
     scalar,
 )
+from specpert._checks import check_shape
 from specpert._resolvent import HostResolvent, SmallSideResolvent
 from specpert.result import NonFiniteError
-from specpert.triplet import SingularTriplet, check_shape, prepare
+from specpert.triplet import SingularTriplet, prepare
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

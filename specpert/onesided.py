@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specpert._arrays import Array, adjoint, array, as_arrays, check_matrix, eps, exponent, ldexp, magnitude
+from specpert._checks import check_direction, check_indices
 from specpert.certificate import spectral_norm_bound
 from specpert.result import SpecpertError
 from specpert.series import sigma_series
-from specpert.triplet import check_direction, check_indices
 
 
 def isolating_cluster(A: Any, H: Any, *, k: int = 0) -> tuple[int, ...]:

@@ -30,11 +30,12 @@ from specpert._arrays import (
     scalar,
     to_precision,
 )
+from specpert._checks import check_order
 from specpert._operators import Operator
 from specpert._recursion import Vectors, extend, products, value_coefficients
 from specpert.certificate import Certificate
 from specpert.result import Status
-from specpert.triplet import SingularTriplet, check_order, prepare
+from specpert.triplet import SingularTriplet, prepare
 
 
 @dataclass(frozen=True, eq=False, repr=False)

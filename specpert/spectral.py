@@ -43,8 +43,9 @@ from specpert._arrays import (
     real,
     scalar,
 )
+from specpert._checks import check_direction
 from specpert.result import DegenerateSingularValueError, NonFiniteError, ZeroSingularValueError
-from specpert.triplet import SingularTriplet, check_direction
+from specpert.triplet import SingularTriplet
 
 Elementwise = Callable[[Array], Array]
 

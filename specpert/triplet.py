@@ -6,7 +6,6 @@ the spectrum of T0 = [[0, A], [A^*, 0]] (theory 1.9). All private arrays are tho
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,6 @@ from specpert._arrays import (
     array_device,
     as_arrays,
     check_matrix,
-    check_ndim,
     eps,
     exponent,
     eye,
@@ -35,21 +33,13 @@ from specpert._arrays import (
     scalar,
     to_precision,
 )
+from specpert._checks import check_direction, check_indices
+from specpert._isolation import isolation
 from specpert._operators import Operator, as_operator, is_operator
-from specpert._resolvent import (
-    EigenSolver,
-    HostResolvent,
-    IterativeSolver,
-    Resolvent,
-    SmallSideResolvent,
-    Solver,
-    from_thin_svd,
-    isolated_top,
-    top_of_gram,
-)
+from specpert._resolvent import HostResolvent, Resolvent, SmallSideResolvent, from_thin_svd
+from specpert._solvers import EigenSolver, IterativeSolver, Solver, isolated_top, top_of_gram
 from specpert.result import (
     ConvergenceError,
-    DegenerateSingularValueError,
     NonFiniteError,
     Status,
     ZeroSingularValueError,
@@ -282,60 +272,6 @@ def _check_request(triplet: SingularTriplet, k: Any, cluster: bool, gap_tol: flo
         raise ValueError("expected no gap_tol beside a triplet, which is already isolated; give it to singular_triplet")
 
 
-def check_direction(H: Array, name: str, shape: tuple[int, ...], xp: Namespace) -> None:
-    """Raise unless H is finite and of the shape of A, or a stack that broadcasts with A's."""
-    check_shape(H, name, shape)
-    check_matrix(H, name, xp)
-
-
-def check_shape(H: Array, name: str, shape: tuple[int, ...]) -> None:
-    """Raise unless H is of the shape of A, or a stack that broadcasts with A's."""
-    check_ndim(H, name)
-    if tuple(H.shape[-2:]) != tuple(shape[-2:]):
-        raise ValueError(f"expected {name} of shape (..., {shape[-2]}, {shape[-1]}) like A, got {tuple(H.shape)}")
-    try:
-        np.broadcast_shapes(tuple(H.shape), tuple(shape))
-    except ValueError:
-        raise ValueError(
-            f"expected the leading axes of {name} to broadcast with those of A {tuple(shape)}, got {tuple(H.shape)}"
-        ) from None
-
-
-def check_indices(k: Any, r: int, *, cluster: bool = False) -> int | tuple[int, ...]:
-    """Return k as an int or a tuple of different ints in range(r)."""
-    single = not isinstance(k, Sequence) and getattr(k, "ndim", 0) == 0
-    indices = [k] if single else list(k)
-    if not indices:
-        raise IndexError("expected at least one singular value index k, got an empty sequence")
-    checked = []
-    for i in indices:
-        try:
-            i = operator.index("bool" if isinstance(i, bool) else i)  # type: ignore[arg-type]
-        except TypeError:
-            raise TypeError(f"expected k to be an int or a sequence of ints, got {type(i).__name__}") from None
-        if not 0 <= i < r:
-            raise IndexError(
-                f"expected 0 <= k < min(m, n) = {r}, got k = {i}; 0 is the largest singular value, {r - 1} the smallest"
-            )
-        checked.append(i)
-    if len(set(checked)) < len(checked):
-        raise IndexError(f"expected different indices in k, got {tuple(checked)}")
-    if cluster and sorted(checked) != list(range(min(checked), max(checked) + 1)):
-        raise IndexError(f"expected a cluster of consecutive indices, got k = {tuple(checked)}")
-    return checked[0] if single else tuple(sorted(checked) if cluster else checked)
-
-
-def check_order(order: Any, least: int) -> int:
-    """Return order as an int, or raise."""
-    try:
-        checked = operator.index("bool" if isinstance(order, bool) else order)  # type: ignore[arg-type]
-    except TypeError:
-        checked = least - 1
-    if checked < least:
-        raise ValueError(f"expected order to be an integer >= {least}, got {order!r}")
-    return checked
-
-
 def _tuple(k: int | tuple[int, ...]) -> tuple[int, ...]:
     return k if isinstance(k, tuple) else (k,)
 
@@ -447,7 +383,9 @@ def _by_gram(
         w, X = w[::-1], X[:, ::-1]
         u = X[:, :c]
     else:
-        w, u, solve = isolated_top(K, None if v0 is None else _on_smaller_side(v0, A.shape[1], B.__matmul__, dtype, wide))
+        w, u, solve = isolated_top(
+            K, None if v0 is None else _on_smaller_side(v0, A.shape[1], B.__matmul__, dtype, wide)
+        )
     v = Ba @ u
     s = np.sqrt(np.maximum(w, 0.0))
     s[:c] = np.linalg.norm(v, axis=0)
@@ -472,81 +410,6 @@ def _by_gram(
     return SingularTriplet(
         index, A.shape, status, xp, e, s0, P0, Q0, gap, margin, lambda: wrapped, real, _cluster=cluster
     )
-
-
-def isolation(
-    s: Array, indices: tuple[int, ...], zero: bool, cluster: bool, tol: float, xp: Namespace
-) -> tuple[Array, Status]:
-    """Isolation distances (..., c), or (..., 1) for a cluster, and the status; raises for ties and zeros.
-
-    `zero` says whether zero is in the spectrum of T0 whatever s.
-    """
-    r = s.shape[-1]
-    distances = []
-    for group in [indices] if cluster else [(i,) for i in indices]:
-        first, last = s[..., min(group)], s[..., max(group)]
-        _raise_if_zero(last, s, group, tol, xp)
-        near = []
-        if min(group) > 0:
-            near.append(s[..., min(group) - 1] - first)
-        if max(group) < r - 1:
-            near.append(last - s[..., max(group) + 1])
-        # -sigma is always in the spectrum of T0, zero where A has a null space on either side
-        d = xp.where(zero | (s[..., -1] <= tol * s[..., 0]), last, 2 * last)
-        for gap in near:
-            _raise_if_tied(gap, s, group, tol, xp)
-            d = xp.minimum(d, gap)
-        distances.append(d)
-    gaps = xp.stack(distances, axis=-1)
-    close = not cluster and bool(xp.any(gaps < 1e-3 * s[..., :1]))
-    return gaps, Status.CLUSTER if cluster else Status.CLOSE_PAIR if close else Status.OK
-
-
-def _first(mask: Array, xp: Namespace) -> tuple[int, ...] | None:
-    """Index of the first matrix of the stack for which the mask holds; None if there is none."""
-    if not bool(xp.any(mask)):
-        return None
-    return tuple(int(i[0]) for i in xp.nonzero(mask)) if mask.ndim else ()
-
-
-def _raise_if_zero(lowest: Array, s: Array, group: tuple[int, ...], tol: float, xp: Namespace) -> None:
-    at = _first(lowest <= tol * s[..., 0], xp)
-    if at is None:
-        return
-    top = float(s[(*at, 0)])
-    raise ZeroSingularValueError(
-        f"expected a singular value above {tol:.1e} sigma_0, got sigma_{max(group)}{_where(at)} = "
-        f"{float(lowest[at]) / top if top else 0.0:.3e} sigma_0: it is not differentiable at zero, where it has "
-        "one-sided derivatives only; see one_sided_derivatives(A, H, k=...)"
-    )
-
-
-def _raise_if_tied(gap: Array, s: Array, group: tuple[int, ...], tol: float, xp: Namespace) -> None:
-    at = _first(gap <= tol * s[..., 0], xp)
-    if at is None:
-        return
-    values = [float(s[(*at, i)]) for i in range(s.shape[-1])]
-    low, high = min(group), max(group)
-    while low > 0 and values[low - 1] - values[low] <= tol * values[0]:
-        low -= 1
-    while high < len(values) - 1 and values[high] - values[high + 1] <= tol * values[0]:
-        high += 1
-    cluster = tuple(range(low, high + 1))
-    relative = max(float(gap[at]), 0.0) / values[0]
-    what = f"sigma_{group[0]}" if len(group) == 1 else f"the cluster {group}"
-    raise DegenerateSingularValueError(
-        f"expected {what}{_where(at)} to be isolated by more than {tol:.1e} sigma_0, got a gap of {relative:.3e} "
-        f"sigma_0: the values {cluster} are tied and have no derivatives of their own; ask for the cluster with "
-        f"sigma_series(A, H, order, k={cluster}) or for the derivative of its mean with on_degenerate='cluster' "
-        "(of a dense array)",
-        k=group[0],
-        cluster=cluster,
-        gap=relative,
-    )
-
-
-def _where(at: tuple[int, ...]) -> str:
-    return f" of matrix {at}" if at else ""
 
 
 # --- sparse arrays and operators ---------------------------------------------------------------------------------
@@ -643,9 +506,7 @@ def _start(v0: Any, B: Operator, wide: bool) -> np.ndarray:
     return warm + 1e-4 * start / float(np.linalg.norm(start))
 
 
-def _on_smaller_side(
-    v0: Any, n: int, apply: Callable[[np.ndarray], np.ndarray], dtype: Any, wide: bool
-) -> np.ndarray:
+def _on_smaller_side(v0: Any, n: int, apply: Callable[[np.ndarray], np.ndarray], dtype: Any, wide: bool) -> np.ndarray:
     """A start v0 (n,) for the right singular vector as a unit column of the smaller side."""
     view = host_view(v0)
     v0 = np.asarray(v0 if view is None else view)

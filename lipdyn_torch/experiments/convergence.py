@@ -65,7 +65,7 @@ def _run(point: Point, context: Context) -> list[Row]:
     )
     run = training.train(model, images, plan)
     loss = training.moving_average(run.losses, context["window"])
-    columns = ["step", "layer", "lr", "z", *FORCES, *PARTS, "eps"]
+    columns = ["step", "layer", "lr", "z", "dz", "dz2", *FORCES, *PARTS, "eps"]
     rows: list[Row] = records(run.frame[columns])
     for row in rows:
         if row["layer"] == training.NETWORK:
@@ -104,11 +104,26 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
     claims = _claims(network, last_third, fit, frame)
     images = load(context.data, context.root)
     return Summary(
-        [first, second, third],
+        [first, _growth(frame), second, third],
         {"near-convergence": _figure(frame, context)},
         claims,
         [n for n in [note(context["model"], images)] if n],
     )
+
+
+def _growth(frame: pd.DataFrame) -> Table:
+    """What the forces say of the measured steps alone, where the truth is known (theory 2.2, 2.7)."""
+    network, layers = training.network(frame), frame[frame["layer"] != training.NETWORK]
+    mu, kappa = ((network["lr"] * network[name]).sum() for name in ("mu", "kappa"))
+    ito = (layers["lr"] * layers["lambda_sq"]).sum() / 2
+    lines = [
+        ["observed", network["dz"].sum()],
+        ["mu", mu],
+        ["mu + kappa - lambda^2 / 2 (the SDE)", mu + kappa - ito],
+        ["along the update, order 2", network["dz2"].sum()],
+    ]
+    what = "The SDE leaves out the curvature along the mean gradient, which large steps early in the run feel."
+    return Table(f"Growth of log K in the {len(network)} measured steps", ["what", "sum"], lines, what)
 
 
 def _fits(network: pd.DataFrame, context: Context) -> dict[str, float]:

@@ -239,7 +239,6 @@ def _figure(curves: dict[tuple[str, float], pd.DataFrame], context: Context) -> 
                 xlabel="optimiser step",
                 ylabel="growth of log K (nats)",
             )
-            axes.legend()
         axes = panels[0, 1]
         for rho, (color, dash) in zip(context["rho"], LINES, strict=False):
             run = curves[("none", rho)]
@@ -252,6 +251,8 @@ def _figure(curves: dict[tuple[str, float], pd.DataFrame], context: Context) -> 
             )
         axes.set(title="no noise, over rescaled time", xlabel="$\\sqrt{\\rho}$ step", ylabel="growth of log K (nats)")
         axes.axhline(0, color=BLACK, linewidth=0.4)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=3)
     return figure
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lipdyn_torch import GradientNoise
 from lipdyn_torch._bridge import read_spectrum
+from lipdyn_torch.noise import mismatch
+from lipdyn_torch.reference import MeanGradient
 
 SIZES = [(5, 4), (6, 5), (3, 6)]
 WORLD = 2
@@ -51,8 +53,8 @@ def combined(rank: int, cut: int, broken: bool = False) -> list:
         if noise is None:
             out.append(None)
             continue
-        mismatch = noise.mismatch(spectrum.project(noise.mean))
-        out.append((noise.batch, vars(noise.terms(spectrum)), mismatch, vars(noise.scaled(0.5).terms(spectrum))))
+        error = mismatch(noise, spectrum.project(noise.mean))
+        out.append((noise.batch, vars(noise.terms(spectrum)), error, vars(noise.scaled(0.5).terms(spectrum))))
     return out
 
 
@@ -66,10 +68,26 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(8, 6, generator=generator, dtype=torch.float64), torch.randint(3, (8,), generator=generator)
 
 
+def mean_gradient() -> MeanGradient:
+    """The gradient of data that no step sees."""
+    return MeanGradient(
+        [batch(100), batch(101)], lambda model, data: nn.functional.cross_entropy(model(data[0]), data[1])
+    )
+
+
 def trained(
-    rank: int | None, kind: str, optimizer: str = "SGD", steps: int = 4, **settings: object
+    rank: int | None,
+    kind: str,
+    optimizer: str = "SGD",
+    steps: int = 4,
+    trouble: bool = False,
+    reference: bool = False,
+    **settings: object,
 ) -> tuple[list[dict], list[Tensor]]:
-    """Rows and weights of a run with half of each batch; with rank None, of one process with all of it."""
+    """Rows and weights of a run with half of each batch; with rank None, of one process with all of it.
+
+    With trouble, the second process cannot read the second layer in step 1.
+    """
     from lipdyn_torch import LipschitzMonitor
     from lipdyn_torch.distributed import full
 
@@ -86,12 +104,16 @@ def trained(
         fully_shard(model)
     make = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}[optimizer]
     optim = make(model.parameters(), lr=0.05)
+    if reference:
+        settings["reference"] = mean_gradient()
     with LipschitzMonitor(model, optim, noise="split", **settings) as monitor:
         for step in range(steps):
             x, y = batch(step)
             part = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
             optim.zero_grad()
             nn.functional.cross_entropy(called(x[part]), y[part]).backward()
+            if trouble and rank == 1 and step == 1:
+                monitor._watches[1].problems["made up"] = None
             optim.step()
     return monitor.history.rows, [full(p.detach()).clone() for p in model.parameters()]
 
@@ -103,6 +125,9 @@ SCENARIOS = {
     "ddp": lambda rank: trained(rank, "ddp"),
     "fsdp": lambda rank: trained(rank, "fsdp"),
     "auto": lambda rank: trained(rank, "ddp", steps=14, every="auto", budget=(1e9, 1e-6)[rank]),
+    "fsdp-trouble": lambda rank: trained(rank, "fsdp", trouble=True),
+    "ddp-reference": lambda rank: trained(rank, "ddp", reference=True),
+    "fsdp-reference": lambda rank: trained(rank, "fsdp", reference=True),
     "fsdp-adam": lambda rank: trained(rank, "fsdp", "Adam"),
 }
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lipdyn_torch.distributed import full, pool, summarise
+from lipdyn_torch.noise import mismatch, nearest_factor
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 spec = importlib.util.spec_from_file_location("distributed_worker", WORKER)
@@ -48,7 +49,7 @@ def run_workers(folder: Path, scenarios: list[str]) -> list[dict]:
 @pytest.fixture(scope="module")
 def combined(tmp_path_factory) -> list[dict]:
     """All scenarios in one pair of processes: starting them is what takes time."""
-    scenarios = ["even", "uneven", "broken", "ddp", "fsdp", "fsdp-adam", "auto"]
+    scenarios = list(worker.SCENARIOS)
     return run_workers(tmp_path_factory.mktemp("combined"), scenarios)
 
 
@@ -109,9 +110,9 @@ def test_pooling_does_not_depend_on_the_split():
         got = vars(joint.terms(spectrum))
         for name in TERMS:
             assert got[name] == pytest.approx(want[name], rel=1e-10, abs=1e-13), (name, cuts)
-        assert joint.factor(spectrum.project(3.0 * gradients.mean(0))) == pytest.approx((3.0, 0.0), abs=1e-12)
-        assert joint.mismatch(spectrum.project(gradients.mean(0))) < 1e-14
-        assert joint.mismatch(spectrum.project(2 * gradients.mean(0))) > 0.3
+        assert nearest_factor(joint, spectrum.project(3.0 * gradients.mean(0))) == pytest.approx((3.0, 0.0), abs=1e-12)
+        assert mismatch(joint, spectrum.project(gradients.mean(0))) < 1e-14
+        assert mismatch(joint, spectrum.project(2 * gradients.mean(0))) > 0.3
 
 
 def test_one_sample_has_no_noise():
@@ -139,6 +140,30 @@ def test_rows_are_those_of_one_process(combined, kind, optimizer):
         pd.testing.assert_frame_equal(pd.DataFrame(got), want, rtol=1e-10, atol=1e-12)
         for p, q in zip(arrived, weights, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["ddp-reference", "fsdp-reference"])
+def test_the_reference_gradient_is_that_of_one_process(combined, kind):
+    want = pd.DataFrame(worker.trained(None, "alone", reference=True)[0])
+    assert (want["mu_ref"] - want["mu"]).abs().min() > 1e-4
+    for run in combined:
+        pd.testing.assert_frame_equal(pd.DataFrame(run[kind][0]), want, rtol=1e-10, atol=1e-12)
+
+
+def test_trouble_in_one_process_holds_up_none(combined):
+    """Shards are gathered by all processes, whether or not one of them could read its samples."""
+    whole, weights = combined[0]["fsdp"]
+    for run, said in zip(combined, ("noise terms not known in every process", "made up"), strict=True):
+        rows, arrived = run["fsdp-trouble"]
+        for row, undisturbed in zip(rows, whole, strict=True):
+            if (row["step"], row["layer"]) == (1, "2"):
+                assert said in row["status"]
+                assert math.isnan(row["kappa"])
+                assert row["dz2"] == pytest.approx(undisturbed["dz2"], rel=1e-12)
+            elif row["layer"] != "network":
+                assert row == pytest.approx(undisturbed, rel=1e-12)
+        for p, q in zip(arrived, weights, strict=True):
+            assert torch.equal(p, q)
 
 
 def test_automatic_steps_are_the_same_in_every_process(combined):

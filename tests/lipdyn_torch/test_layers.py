@@ -7,10 +7,12 @@ import math
 import pytest
 import torch
 from dense_forces import compare, flat, forces, per_sample
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lipdyn_torch import LipschitzMonitor
-from lipdyn_torch.layers import LayerRule, register_rule
+from lipdyn_torch.layers import Block, LayerRule, find_rule, register_rule
 from lipdyn_torch.low_rank import LowRankSumRule
 
 
@@ -217,6 +219,54 @@ def test_layer_against_the_dense_definition(name, noise, kind):
         assert row["z"] + row["dz"] == pytest.approx(float(sigma.log()), abs=1e-12)
         assert abs(row["remainder"]) <= row["bound"]
     monitor.close()
+
+
+@st.composite
+def convolutions(draw) -> tuple[nn.Module, Tensor]:
+    """Convolutions and their transposes of every kind, some with taps that meet nothing but the border; an input."""
+    dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+
+    def axes(low: int, high: int) -> list[int]:
+        return [draw(st.integers(low, high)) for _ in range(dims)]
+
+    kernel, stride, dilation, padding = axes(1, 4), axes(1, 3), axes(1, 2), axes(0, 3)
+    options = {"stride": stride, "dilation": dilation, "groups": groups, "dtype": F64}
+    if draw(st.booleans()):
+        extra = [draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)]
+        make, options = f"ConvTranspose{dims}d", {**options, "padding": padding, "output_padding": extra}
+    else:
+        mode = draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"]))
+        named = draw(st.sampled_from(["same", "valid", None]))
+        options |= {"padding": named or padding, "padding_mode": mode}
+        options |= {"stride": 1} if named == "same" else {}
+        make = f"Conv{dims}d"
+    torch.manual_seed(draw(st.integers(0, 99)))
+    return getattr(nn, make)(2 * groups, 2 * groups, kernel, **options), torch.randn(
+        3, 2 * groups, *axes(2, 8), dtype=F64
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
+@settings(max_examples=80, deadline=None)
+@given(convolutions())
+def test_convolutions_of_every_kind(case):
+    module, x = case
+    try:
+        y = module(x)
+    except RuntimeError:
+        assume(False)  # the kernel, or its border, is larger than the picture
+    delta, rule = torch.randn_like(y), find_rule(module)
+    each = [torch.autograd.grad(module(x[i : i + 1]), module.weight, delta[i : i + 1])[0] for i in range(len(x))]
+    for group in range(module.groups):
+        block = Block("", group)
+        G = torch.stack([rule.matrices(module, "", [gradient])[group] for gradient in each])
+        u, v = torch.randn(G.shape[1], dtype=F64), torch.randn(G.shape[2], dtype=F64)
+        with torch.no_grad():
+            p, q = rule.contract(module, x, delta, u, v, block)
+            torch.testing.assert_close(torch.cat(list(rule.per_sample(module, x, delta, block))), G)
+            torch.testing.assert_close(rule.sum_of_squares(module, x, delta, block), G.square().sum(0))
+        torch.testing.assert_close(p, G @ v)
+        torch.testing.assert_close(q, G.mT @ u)
 
 
 def test_report_names_everything():
