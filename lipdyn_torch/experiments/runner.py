@@ -145,7 +145,7 @@ def environment(config: ReproduceConfig, elapsed: float) -> dict[str, Any]:
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    machine = {"system": platform.platform(), "machine": platform.machine(), "cores": _cores()}
+    machine = {"system": platform.platform(), "processor": _processor(), "cores": _cores()}
     if config.device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name(config.device)
     run = {"device": config.device, "jobs": config.jobs or _cores(), "seconds_of_this_call": round(elapsed, 1)}
@@ -235,7 +235,7 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
         "distributed.admin.log-length": 0,
         "distributed.comm.timeouts.connect": "60s",
     }
-    with dask.config.set(quiet), warnings.catch_warnings(), _one_thread():
+    with dask.config.set(quiet), warnings.catch_warnings(), _worker_settings():
         warnings.simplefilter("ignore")  # the dashboard's port may be taken; we do not need one
         with (
             LocalCluster(
@@ -251,11 +251,13 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Worker processes inherit these: one thread each, whatever library counts them."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+def _worker_settings() -> Iterator[None]:
+    """Worker processes inherit these: one thread each, whatever library counts them, and freed memory is kept."""
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    memory = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
+    settings = dict.fromkeys(threads, "1") | memory
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
     try:
         yield
     finally:
@@ -264,6 +266,14 @@ def _one_thread() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _processor() -> str:
+    """The model's name where the system tells it."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 def _cores() -> int:
