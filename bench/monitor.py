@@ -17,6 +17,7 @@ from torch import nn
 
 from bench.harness import Row, compare
 from lipdyn_torch import LipschitzMonitor
+from lipdyn_torch.experiments.cli import keep_freed_memory
 
 
 def convnet() -> nn.Module:
@@ -171,6 +172,12 @@ def memory() -> Row:
     )
 
 
+def kept_memory(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...]) -> Row:
+    """As `row`, in the way of the `lipdyn` command; plain steps gain most."""
+    keep_freed_memory()
+    return row(name, make, shape, 128, {}, None)
+
+
 def jobs() -> list[Callable[[], Row]]:
     image, pixels = (3, 32, 32), (784,)
     return [
@@ -186,4 +193,5 @@ def jobs() -> list[Callable[[], Row]]:
         partial(row, "Linear 4096 -> 1024, M = 64, all terms, every step", wide, (4096,), 64, {}, 2.5),
         partial(row, "the same, every 10th step", wide, (4096,), 64, {"every": 10}, None),
         memory,
+        partial(kept_memory, "ConvNet, all terms, every step, where the C library keeps freed memory", convnet, image),
     ]

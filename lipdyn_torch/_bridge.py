@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -32,7 +34,26 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
 
 
-_limited = False
+class _OneThread:
+    """Held while any thread is inside: the limits are the process's, so the first sets and the last lifts them."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.limits = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.limits.enter_context(_blas().limit(limits=1))
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.limits.close()
+
+
+_ONE_THREAD = _OneThread()
 
 
 def one_thread(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -40,15 +61,8 @@ def one_thread(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @wraps(function)
     def limited(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        global _limited
-        if _limited:  # asking the libraries takes longer than many a small product
+        with _ONE_THREAD:
             return function(*args, **kwargs)
-        with _blas().limit(limits=1):
-            _limited = True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _limited = False
 
     return limited
 
@@ -251,9 +265,11 @@ def spectral_norm(matrix: Tensor) -> float:
     else:
         a = matrix / scale
     if a.device.type == "cpu" and min(a.shape) >= 128:
-        start = np.ones(min(a.shape))  # not the global random state, which is the user's
+        start = np.random.default_rng(0).standard_normal(min(a.shape))  # not the global state, which is the user's
         try:
-            return scale * float(svds(a.numpy(), k=1, ncv=10, tol=1e-3, v0=start, return_singular_vectors=False)[0])
+            U, s, Vh = svds(a.numpy(), k=1, ncv=10, tol=1e-4, v0=start)
         except ArpackError:
             pass
+        else:  # rounded up by the residual
+            return scale * float(s[0] + np.linalg.norm(a.numpy().T @ U[:, 0] - s[0] * Vh[0]))
     return scale * float(_singular_values(a)[0])

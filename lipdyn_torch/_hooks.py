@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import Spectrum, read_spectrum
 from lipdyn_torch.distributed import full
-from lipdyn_torch.layers import Block, LayerRule, value
+from lipdyn_torch.layers import Block, LayerRule, value, whole
 
 __all__ = ["Call", "Switch", "Tap", "Watch"]
 
@@ -95,12 +95,18 @@ class Watch:
 
     def _read(self, known: Spectrum | None) -> None:
         self.values = [value(p) for p in self.parameters]
-        matrices = self.rule.effective(self.module, self.part, [x.to(torch.float64) for x in self.values])
-        self.spectrum = read_spectrum(matrices, known)
+        self.spectrum = read_spectrum(self._matrices(self.values), known)
+
+    def _matrices(self, values: list[Tensor]) -> Tensor:
+        """The weight in float64 (g, m, n)."""
+        return self.rule.effective(self.module, self.part, [x.to(torch.float64) for x in values])
 
     def refresh(self) -> bool:
         """Read the spectrum again if the weight is not bitwise the one it was read from; True if it was not."""
-        same = all(_bitwise_equal(full(p.detach()), x) for p, x in zip(self.parameters, self.values, strict=True))
+        same = all(_bitwise_equal(whole(p), x) for p, x in zip(self.parameters, self.values, strict=True))
+        if same and type(self.rule).effective is not LayerRule.effective:  # it may read more than the parameters
+            known = self.spectrum.matrices
+            same = _bitwise_equal(self._matrices([whole(p) for p in self.parameters]), known)
         if not same:
             self._read(self.spectrum)
         return not same
@@ -164,6 +170,8 @@ def _bitwise_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are the same bit by bit: NaN equals itself, and 0 is not -0."""
     if a.dtype != b.dtype or a.device != b.device or a.shape != b.shape:
         return False
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
     bits = _BITS[a.element_size()]
     return torch.equal(a.view(bits), b.view(bits))
 
@@ -243,7 +251,8 @@ class _OutputHook:
         backward = torch._C._current_graph_task_id()  # tells micro-batches from several uses in one pass
         if self.outer != -1:
             tap.switch.outer[backward] = self.outer
-        with torch.no_grad():
+        # in full precision also where the backward pass runs under autocast
+        with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
             tap.receive(self.x, delta.detach(), backward)
         self.used, self.x = True, None
 

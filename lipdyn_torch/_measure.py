@@ -66,9 +66,10 @@ class Measurement:
         updates = after.matrices - before.matrices
         if before.problem not in ("", REPEATED):
             return out
-        size = max(spectral_norm(update) for update in updates)
-        if not math.isfinite(size):
+        sizes = [spectral_norm(update) for update in updates]
+        if not all(map(math.isfinite, sizes)):
             return out
+        size = max(sizes)
         out["eps"] = 2.0 * size / before.gap if before.gap > 0 else (math.inf if size > 0 else 0.0)
         out["mode"], changes = self._changes(updates, size, out["eps"], out["dz"])
         out["dz1"], out["dz2"], out["dz3"] = changes

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule, working
+from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule, together
 
 __all__ = ["ConvRule", "ConvTransposeRule"]
 
@@ -47,15 +47,15 @@ class ConvRule(LayerRule):
         """``p_i = sum_t delta_it conv(x_i; v)_t``; ``q_i`` is the kernel's gradient for ``u . delta_i``."""
         if weights is not None:
             return super().contract(module, x, delta, u, v, block, weights)
-        x, delta = self.operands(module, working(x), working(delta), block.group)
+        x, delta = self.operands(module, *together(x, delta), block.group)
         if getattr(module, "padding_mode", "zeros") != "zeros":
             x = _padded(module, x)
         u, v = u.to(delta.dtype), v.to(x.dtype)
         taps, size, out = module.weight[0, 0].numel(), x.shape[2:], delta.shape[2:]
         kernel = v.reshape(x.shape[1], taps).T
-        p, q = [], []
+        p, q = [u.new_zeros(0, len(u))], [v.new_zeros(0, len(v))]
         # Everything is a product of matrices with the channels: only one channel for each tap is ever unfolded.
-        for chunk in chunks(len(x), taps * x[0, 0].numel()):
+        for chunk in chunks(len(x), taps * size.numel()):
             a, d = x[chunk].flatten(2), delta[chunk].flatten(2)
             response = _gathered(module, (kernel @ a).unflatten(2, size), out)
             p.append((response.flatten(1)[:, None] @ d.mT)[:, 0])
@@ -65,7 +65,7 @@ class ConvRule(LayerRule):
 
     def per_sample(self, module: Any, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """Kernel gradients from unfolded patches, a chunk of samples at a time."""
-        x, delta = self.operands(module, working(x), working(delta), block.group)
+        x, delta = self.operands(module, *together(x, delta), block.group)
         taps, out = module.weight[0, 0].numel(), delta.shape[2:]
         for chunk in chunks(len(x), x.shape[1] * taps * (out.numel() + delta.shape[1])):
             yield delta[chunk].flatten(2) @ _patches(module, _padded(module, x[chunk]), out)

@@ -132,12 +132,12 @@ class LayerRule:
         more tensors (M, r), ``a`` and ``b``: a step ``h`` bends the matrix by ``h^2 B`` with ``u^T B v = a . b``.
         """
         W = self.weights(module, block, weights)
-        p, q = [], []
+        p, q = [u.new_zeros(0, len(u))], [v.new_zeros(0, len(v))]
         for G in self.per_sample(module, x, delta, block):
             G = G if W is None else W * G
-            p.append(G @ v.to(G.dtype))
-            q.append(G.mT @ u.to(G.dtype))
-        return torch.cat(p).double(), torch.cat(q).double()
+            p.append((G @ v.to(G.dtype)).double())
+            q.append((G.mT @ u.to(G.dtype)).double())
+        return torch.cat(p), torch.cat(q)
 
     def sum_of_squares(self, module: Any, x: Any, delta: Tensor, block: Block) -> Tensor | None:
         """``sum_i G_i o G_i`` (m, n), or None where the matrix is not the parameter itself."""
@@ -150,10 +150,9 @@ class LayerRule:
 
 def sum_of_squares(per_sample: Iterator[Tensor]) -> Tensor:
     """``sum_i G_i o G_i`` in float64, from chunks of per-sample gradients."""
-    total = next(per_sample).square().sum(0).double()
-    for G in per_sample:
-        total += G.square().sum(0)
-    return total
+    # the squares of small contributions underflow in single precision, and are wanted beside those of their mean
+    sums = (torch.linalg.vector_norm(G, dim=0, dtype=torch.float64).square() for G in per_sample)
+    return sum(sums, start=next(sums))
 
 
 class LinearRule(LayerRule):
@@ -183,19 +182,19 @@ class LinearRule(LayerRule):
         weights: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """``p_i = sum_t delta_it (x_it . v)``, ``q_i = sum_t x_it (delta_it . u)``; theory 2.4 with weights."""
-        x, delta = self.positions(working(x)), self.positions(working(delta))
+        x, delta = map(self.positions, together(x, delta))
         return ghost(x, delta, u, v, self.weights(module, block, weights))
 
     def sum_of_squares(self, module: nn.Module, x: Tensor, delta: Tensor, block: Block) -> Tensor:
         """``(delta o delta)^T (x o x)`` for vectors; per-sample gradients in chunks for sequences."""
-        a, d = self.positions(working(x)), self.positions(working(delta))
+        a, d = self.positions(x.double()), self.positions(delta.double())
         if a.shape[1] == 1:  # one position: the square of an outer product is the outer product of squares
-            return (d[:, 0].square().T @ a[:, 0].square()).double()
+            return d[:, 0].square().T @ a[:, 0].square()
         return sum_of_squares(self.per_sample(module, x, delta, block))
 
     def per_sample(self, module: nn.Module, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """``G_i = sum_t delta_it x_it^T``."""
-        x, delta = self.positions(working(x)), self.positions(working(delta))
+        x, delta = map(self.positions, together(x, delta))
         for chunk in chunks(len(x), delta.shape[-1] * x.shape[-1]):
             yield delta[chunk].mT @ x[chunk]
 
@@ -218,7 +217,7 @@ def ghost(x: Tensor, delta: Tensor, u: Tensor, v: Tensor, W: Tensor | None = Non
         p, q = (x @ v)[:, None] @ delta, (delta @ u)[:, None] @ x
         return p[:, 0].double(), q[:, 0].double()
     x, delta, u, v, W = x.double(), delta.double(), u.double(), v.double(), W.double()
-    parts = []
+    parts = [(u.new_zeros(0, len(u)), v.new_zeros(0, len(v)))]
     for chunk in chunks(len(x), x.shape[1] * (x.shape[2] + delta.shape[2])):
         parts.append(
             (
@@ -235,10 +234,22 @@ def working(a: Tensor) -> Tensor:
     return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
 
 
-def value(parameter: Tensor) -> Tensor:
-    """A dense, whole copy in its own precision, without graph."""
+def together(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the better precision of the two, and at least single."""
+    x, delta = working(x), working(delta)
+    dtype = torch.promote_types(x.dtype, delta.dtype)
+    return x.to(dtype), delta.to(dtype)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """The parameter, dense and of all processes, without graph."""
     parameter = full(parameter.detach())
-    return (parameter.to_dense() if parameter.is_sparse else parameter).clone()
+    return parameter.to_dense() if parameter.is_sparse else parameter
+
+
+def value(parameter: Tensor) -> Tensor:
+    """A copy of the whole parameter in its own precision."""
+    return whole(parameter).clone()
 
 
 class EmbeddingRule(LayerRule):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -29,8 +30,21 @@ if TYPE_CHECKING:
 
 __all__ = ["LipschitzMonitor"]
 
+_T = TypeVar("_T")
+
 BATCH_NORM = "BatchNorm mixes samples in training: noise terms are heuristic"
 CLEARED = "step skipped: gradients were cleared without a step"
+
+
+def _full_precision(method: Callable[..., _T]) -> Callable[..., _T]:
+    """Autocast is for the user's arithmetic, not for ours."""
+
+    @wraps(method)
+    def exact(self: LipschitzMonitor, *args: Any) -> _T:
+        with torch.autocast(self._watches[0].spectrum.matrices.device.type, enabled=False):
+            return method(self, *args)
+
+    return exact
 
 
 class LipschitzMonitor:
@@ -349,6 +363,7 @@ class LipschitzMonitor:
 
     @torch.no_grad()
     @one_thread
+    @_full_precision
     def _write(self, measurements: list[Measurement]) -> None:
         for watch in self._watches:
             watch.refresh()
@@ -381,6 +396,7 @@ class LipschitzMonitor:
 
     @torch.no_grad()
     @one_thread
+    @_full_precision
     def _read(self) -> list[Measurement]:
         name = replaced(self._model, self._survey.paths, self._watches)
         if name is not None:

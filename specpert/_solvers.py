@@ -6,7 +6,6 @@ descending; X (r, j) vectors; b, x (r, c) columns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -71,35 +70,45 @@ def isolated_top(K: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, n
     """The largest eigenvalue of K and (an upper estimate of) the next one, the vector (r, 1), and its solver.
 
     From a start vector (r, 1) near the top one, or from Lanczos: a Cholesky factorisation that succeeds proves that no
-    second eigenvalue is above the Rayleigh quotient, and its inverse then polishes the vector. Where that fails, from
-    the two eigenvectors themselves. Raises numpy.linalg.LinAlgError where K cannot tell the two values apart.
+    second eigenvalue is above the Rayleigh quotient, and its inverse then polishes the vector. Where neither is good
+    enough, from the two eigenvectors themselves. Raises numpy.linalg.LinAlgError where K cannot tell the values apart.
     """
-    rounding = float(np.finfo(K.dtype).eps)
-    a = solver = theta = None
     for guess in (lambda: start, lambda: _lanczos_top(K)):
         try:
             if (a := guess()) is not None:
-                theta = _rayleigh(K, a)
-                solver = CholeskySolver(K, a, theta)
-                break
+                return _polished(K, a)
         except (ConvergenceError, np.linalg.LinAlgError):
             continue
-    if a is None or theta is None or solver is None:
-        w, X = top_two(K)
-        u = X[:, 1:]
-        return w[::-1], u, CholeskySolver(K, u, float(w[1]))
-    u, last = a, math.inf
+    w, X = top_two(K)
+    u = X[:, 1:]
+    return w[::-1], u, CholeskySolver(K, u, float(w[1]))
+
+
+def _polished(K: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
+    """As `isolated_top`, from a vector that must be near; raises numpy.linalg.LinAlgError where it is not."""
+    rounding = float(np.finfo(K.dtype).eps)
+    theta = _rayleigh(K, a)
+    solver = CholeskySolver(K, a, theta)
+    u = a
+    size = float(np.linalg.norm(K @ u - theta * u))
     for _ in range(8):
-        residual = K @ u - theta * u
-        size = float(np.linalg.norm(residual))
-        if size <= 4 * rounding * theta or size > last / 2:
+        if size <= 4 * rounding * theta:
             break
-        correction = solver(residual)
-        u = u + correction - a @ (a.conj().T @ correction)
-        u = u / np.linalg.norm(u)
-        theta, last = _rayleigh(K, u), size
+        # The shift stays at the start's Rayleigh quotient: far from it the errors would grow instead of shrink.
+        correction = solver(K @ u - theta * u)
+        better = u + correction - a @ (a.conj().T @ correction)
+        better = better / np.linalg.norm(better)
+        quotient = _rayleigh(K, better)
+        residual = float(np.linalg.norm(K @ better - quotient * better))
+        if residual > size / 2:
+            break
+        u, theta, size = better, quotient, residual
+    if size > len(K) * rounding * theta:
+        raise np.linalg.LinAlgError("the start is too far from the top vector")
     drift = float(np.linalg.norm(u - a @ (a.conj().T @ u)))
-    second = _next_value(K, u, solver)
+    second, error = _next_value(K, u, solver)
+    if theta - second <= 10 * error:  # so close that the estimate would decide whether it is a tie
+        raise np.linalg.LinAlgError("the next value is not known well enough")
     if theta * drift**2 > 64 * rounding * (theta - second):  # the shift was not yet that of the vector
         solver = CholeskySolver(K, u, theta)
     return np.array([theta, second]), u, solver
@@ -115,8 +124,11 @@ def _lanczos_top(K: np.ndarray) -> np.ndarray:
     return X
 
 
-def _next_value(K: np.ndarray, u: np.ndarray, solver: CholeskySolver) -> float:
-    """Upper estimate of the largest eigenvalue of K on the complement of u, by Lanczos on the inverse."""
+def _next_value(K: np.ndarray, u: np.ndarray, solver: CholeskySolver) -> tuple[float, float]:
+    """Upper estimate of the largest eigenvalue of K on the complement of u, and the error allowed for in it.
+
+    By Lanczos on the inverse.
+    """
 
     def inverse(x: np.ndarray) -> np.ndarray:
         y = solver(x - u @ (u.conj().T @ x))
@@ -126,7 +138,8 @@ def _next_value(K: np.ndarray, u: np.ndarray, solver: CholeskySolver) -> float:
     start = start - u @ (u.conj().T @ start)
     _, x = _lanczos(inverse, len(K), 1, start[:, 0], K.dtype, 1e-8, least_width=10)
     value = _rayleigh(K, x)
-    return value + float(np.linalg.norm(K @ x - value * x))
+    error = float(np.linalg.norm(K @ x - value * x))
+    return value + error, error
 
 
 def top_two(K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

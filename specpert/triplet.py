@@ -502,12 +502,16 @@ def _start(v0: Any, B: Operator, wide: bool) -> np.ndarray:
     start: np.ndarray = np.random.default_rng(0).standard_normal(min(B.shape)).astype(B.dtype)
     if v0 is None:
         return start
-    warm = _on_smaller_side(v0, B.shape[1], B.apply, B.dtype, wide)[:, 0]
-    return warm + 1e-4 * start / float(np.linalg.norm(start))
+    column = _on_smaller_side(v0, B.shape[1], B.apply, B.dtype, wide)
+    if column is None:
+        raise NonFiniteError("expected v0 not to be in the null space of A, got A v0 = 0")
+    return column[:, 0] + 1e-4 * start / float(np.linalg.norm(start))
 
 
-def _on_smaller_side(v0: Any, n: int, apply: Callable[[np.ndarray], np.ndarray], dtype: Any, wide: bool) -> np.ndarray:
-    """A start v0 (n,) for the right singular vector as a unit column of the smaller side."""
+def _on_smaller_side(
+    v0: Any, n: int, apply: Callable[[np.ndarray], np.ndarray], dtype: Any, wide: bool
+) -> np.ndarray | None:
+    """A start v0 (n,) for the right singular vector as a unit column of the smaller side; None if it vanishes there."""
     view = host_view(v0)
     v0 = np.asarray(v0 if view is None else view)
     if v0.shape != (n,):
@@ -517,6 +521,6 @@ def _on_smaller_side(v0: Any, n: int, apply: Callable[[np.ndarray], np.ndarray],
     column = v0.astype(dtype)[:, None]
     warm = apply(column) if wide else column
     size = float(np.linalg.norm(warm))
-    if not 0 < size < np.inf:
-        raise NonFiniteError(f"expected v0 to be finite and not in the null space of A, got a norm of {size}")
-    return np.asarray(warm / size)
+    if not size < np.inf:
+        raise NonFiniteError(f"expected v0 to be finite, got a norm of {size}")
+    return np.asarray(warm / size) if size > 0 else None

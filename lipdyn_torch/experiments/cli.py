@@ -10,25 +10,30 @@ from pathlib import Path
 
 from lipdyn_torch.errors import LipdynError
 
-__all__ = ["command", "main"]
+__all__ = ["command", "keep_freed_memory", "main"]
 
-#: Options of glibc's malloc, as arguments of mallopt: blocks of any size stay in the heap, and the heap is not trimmed.
-_KEEP_FREED_MEMORY = {-3: 1 << 30, -1: (1 << 31) - 1}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def command() -> int:
-    """What the shell calls: `main` in a process of its own.
+    """What the shell calls: `main` in a process of its own."""
+    keep_freed_memory()
+    return main()
 
-    The buffers of a training step are freed and asked for again in every step. By default the C library hands the large
-    ones back to the kernel, and fetching fresh pages takes a third of the time of a small network.
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, for the rest of this process (glibc; elsewhere nothing happens).
+
+    The buffers of a training step are freed and asked for again in every step. By default the large ones go back to the
+    kernel, and fetching fresh pages takes a third of the time of a small network.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library
-        return main()
-    for option, value in _KEEP_FREED_MEMORY.items():
-        mallopt(option, value)
-    return main()
+        return
+    # blocks of any size come from the heap (where that is refused, of 32 MiB), and the heap is not trimmed
+    if mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 1 << 25):
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

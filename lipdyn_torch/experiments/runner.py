@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from lipdyn_torch.errors import LipdynError
+from lipdyn_torch.experiments.cli import keep_freed_memory
 from lipdyn_torch.experiments.registry import NAMES, Context, Experiment, Point, Row, Summary, find
 from lipdyn_torch.experiments.store import RunFolder
 
@@ -235,7 +236,7 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
         "distributed.admin.log-length": 0,
         "distributed.comm.timeouts.connect": "60s",
     }
-    with dask.config.set(quiet), warnings.catch_warnings(), _worker_settings():
+    with dask.config.set(quiet), warnings.catch_warnings(), _one_thread():
         warnings.simplefilter("ignore")  # the dashboard's port may be taken; we do not need one
         with (
             LocalCluster(
@@ -247,17 +248,16 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
             ) as cluster,
             Client(cluster) as client,
         ):
+            client.run(keep_freed_memory)
             yield client
 
 
 @contextlib.contextmanager
-def _worker_settings() -> Iterator[None]:
-    """Worker processes inherit these: one thread each, whatever library counts them, and freed memory is kept."""
-    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    memory = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
-    settings = dict.fromkeys(threads, "1") | memory
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+def _one_thread() -> Iterator[None]:
+    """Worker processes inherit these: one thread each, whatever library counts them."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
     try:
         yield
     finally:

@@ -243,6 +243,93 @@ def test_nan_loss_marks_the_row_and_leaves_training_alone():
     assert bool(model[0].weight.isnan().all())
 
 
+def test_the_backward_pass_may_be_under_autocast():
+    def loop(model, optimizer):
+        x, y = data()
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss.backward()
+                optimizer.step()
+
+    same(run(loop, model=mlp()), run(plain, model=mlp()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(6, 3), nn.Conv1d(2, 3, 2), nn.Embedding(6, 3)], ids=lambda x: type(x).__name__
+)
+def test_an_empty_batch_is_a_row_without_forces(layer):
+    def loop(model, optimizer):
+        x = {nn.Linear: torch.ones(0, 6), nn.Conv1d: torch.ones(0, 2, 4)}.get(type(layer), torch.ones(0, 2).long())
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    rows = run(loop, model=nn.Sequential(layer))
+    assert [row["batch"] for row in rows] == [0, 0]
+    assert all(math.isnan(row["kappa"]) and row["status"] != "ok" for row in rows)
+    assert rows[0]["dz"] == 0.0
+
+
+def test_a_large_weight_set_to_zero():
+    """It is no longer where the search for its singular vectors could begin."""
+
+    def loop(model, optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(4, 300)).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                model[0].weight.zero_()
+
+    rows = run(loop, model=nn.Sequential(nn.Linear(300, 260)))
+    assert [row["status"] for row in rows if row["layer"] == "0"][1].startswith("weight is zero")
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_nan_in_one_group_of_a_convolution(group):
+    def loop(model, optimizer):
+        model(torch.randn(4, 4, 5)).square().mean().backward()
+        model[0].weight.grad[2 * group] = math.nan
+        optimizer.step()
+
+    torch.manual_seed(0)
+    rows = run(loop, model=nn.Sequential(nn.Conv1d(4, 4, 2, groups=2)))
+    assert "gradient is not finite" in rows[0]["status"]
+    assert all(math.isnan(rows[0][key]) for key in ("eps", "bound", "dz", "mu"))
+
+
+def test_a_rule_may_read_more_than_parameters():
+    """A scale that changes between two steps belongs to neither of them."""
+    from lipdyn_torch.layers import register_rule
+    from lipdyn_torch.low_rank import LowRankSumRule
+
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.scale = nn.Linear(6, 3, dtype=torch.float64), 1.0
+            self.up = nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+            self.down = nn.Parameter(torch.randn(2, 6, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.base(x) + self.scale * x @ self.down.T @ self.up.T
+
+    register_rule(Sum, LowRankSumRule("base.weight", "up", "down", scaling="scale"))
+
+    def loop(model, optimizer):
+        for scale in (1.0, 3.0):
+            model.scale = scale
+            plain(model, optimizer, steps=1)
+            expected.append(torch.linalg.matrix_norm(model.base.weight + scale * model.up @ model.down, 2).item())
+
+    torch.manual_seed(0)
+    expected: list[float] = []
+    rows = [row for row in run(loop, model=Sum()) if row["layer"] != "network"]
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert [math.exp(row["z"] + row["dz"]) for row in rows] == pytest.approx(expected, rel=1e-12)
+    assert rows[1]["z"] != pytest.approx(rows[0]["z"] + rows[0]["dz"], abs=0.1)
+
+
 def test_a_replaced_layer_or_weight_is_an_error():
     for replace in (
         lambda m: m.__setitem__(2, nn.Linear(8, 8)),

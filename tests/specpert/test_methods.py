@@ -97,6 +97,32 @@ def test_a_warm_start_changes_nothing_but_the_time(shape, complex_, start):
     np.testing.assert_allclose(SigmaHessian(warm).quadratic(G), SigmaHessian(svd).quadratic(G), rtol=1e-10)
 
 
+@pytest.mark.parametrize("gap", [1e-1, 1e-3, 1e-6])
+@pytest.mark.parametrize("degrees", [3, 10, 20, 30, 33, 38, 43, 44.9, 60])
+def test_a_start_between_the_two_largest(degrees, gap):
+    """The first factorisation proves that a vector up to 45 degrees away is alone; it does not make it accurate."""
+    s = np.append([1.0, 1.0 - gap], np.linspace(1.0 - 1.01 * gap, 0.1, 258))
+    A = with_spectrum(np.random.default_rng(1), 260, 270, s)
+    _, _, Vh = np.linalg.svd(A)
+    noise = pair(A.shape)[0][0]
+    angle = math.radians(degrees)
+    for start in (math.cos(angle) * Vh[0] + math.sin(angle) * Vh[1], Vh[0] + math.tan(angle) / 20 * noise):
+        warm = singular_triplet(A, v0=start)
+        assert abs(warm.v @ Vh[0]) > 1 - 1e-12 / gap
+        assert math.isclose(warm.sigma, 1.0, rel_tol=1e-14)
+        assert (1 - 1e-3) * gap < warm.gap < (1 + 1e-5) * gap  # the next value is estimated from above
+
+
+def test_a_start_that_vanishes_is_no_start():
+    A = np.zeros((260, 300))
+    A[:, :260] = np.diag(np.linspace(2.0, 1.0, 260))
+    assert singular_triplet(A, v0=np.eye(300)[-1]).sigma == pytest.approx(2.0)
+    with pytest.raises(NonFiniteError, match="finite"):
+        singular_triplet(A, v0=np.full(300, np.nan))
+    with pytest.raises(ZeroSingularValueError):
+        singular_triplet(0 * A, v0=np.ones(300))
+
+
 @pytest.mark.parametrize("gap", [1e-4, 1e-6, 1e-9, 0.0])
 def test_a_close_pair_of_a_large_matrix(gap):
     s = np.append([1.0, 1.0 - gap], np.linspace(0.9, 0.1, 258))
