@@ -191,7 +191,8 @@ def singular_triplet(
         arrays and operators. "auto" takes the fastest that is as accurate as the SVD.
     gap_tol : float, optional
         Distance to the next singular value, relative to the largest one, below which the value counts as tied.
-        Default 10 max(m, n) eps, the error of the decomposition itself; a Gram matrix is decomposed in float64.
+        Default 10 max(m, n) eps, the error of the decomposition itself. A Gram matrix is decomposed in float64; there
+        it is at least 10 eps of A's own dtype.
 
     Returns
     -------
