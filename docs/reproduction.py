@@ -29,8 +29,8 @@ def main() -> None:
 
 def section(run: Path) -> str:
     """One run: its command and machine, and its summary one heading level down."""
-    environment = json.loads((run / "environment.json").read_text())
-    config = json.loads(next(run.glob("**/config.json")).read_text())
+    environment = json.loads(next(run.glob("**/environment.json")).read_text())
+    config = json.loads((run / "config.json").read_text())
     every = (run / "report.html").exists()
     name = "all" if every else config["experiment"]
     packages = ", ".join(f"{k} {v}" for k, v in environment["packages"].items())
