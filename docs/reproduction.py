@@ -47,7 +47,7 @@ def section(run: Path) -> str:
     return "\n\n".join(
         [
             f"## `lipdyn reproduce {name} --preset {config['preset']}`",
-            f"{minutes:.1f} minutes with {environment['jobs']} processes on {environment.get('processor', '')} "
+            f"{minutes:.1f} minutes with up to {environment['jobs']} processes on {environment.get('processor', '')} "
             f"({environment.get('cores', '?')} cores), Python {environment['python']}, {packages}.",
             summary.strip(),
         ]
