@@ -87,7 +87,7 @@ def test_remainder_against_exact_values(case):
 
 
 @given(certified_cases())
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=10_000, deadline=None)
 def test_remainder_is_never_violated(case):
     """Many cases against LAPACK, whose own error is allowed for."""
     A, H, k, order, rho = case
