@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -40,6 +42,23 @@ def test_all_experiments_make_one_report(tmp_path, tiny, capsys):
         assert len(list((out / name).glob("*.png"))) == len(list((out / name).glob("*.svg"))) >= 1
         assert f'id="{name}"' in page
         assert f"# {name}: " in printed
+    _render(out / "report.html", tmp_path)
+
+
+def _render(report, folder):
+    """Every picture of the page shows in headless Chromium, where that is installed."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        return
+    count = "[...document.images].filter(i => i.complete && i.naturalWidth > 100).length"
+    script = f"<script>onload = () => {{ document.title = {count} + ' of ' + document.images.length }}</script>"
+    (folder / "counted.html").write_text(report.read_text() + script)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    command = [browser, *options, f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
+    done = subprocess.run([*command, str(folder / "counted.html")], capture_output=True, text=True, timeout=120)
+    shown = re.search(r"<title>(\d+) of (\d+)</title>", done.stdout)
+    assert shown, done.stderr[-1000:]
+    assert shown[1] == shown[2] == str(len(NAMES))
 
 
 @pytest.mark.parametrize("name", ["jacobian", "hessian"])
