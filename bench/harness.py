@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lipdyn_torch.experiments.runner import processor
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -64,14 +66,10 @@ def _time(function: Callable, repeats: int) -> float:
 
 def machine() -> dict:
     """What the numbers were measured on."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next((x.split(":")[1].strip() for x in cpuinfo.read_text().splitlines() if "model name" in x), model)
     versions = {m: sys.modules[m].__version__ for m in ("numpy", "scipy", "numba", "torch", "jax") if m in sys.modules}
     threads = {k: v for k, v in os.environ.items() if k.endswith("_NUM_THREADS")}
     return {
-        "processor": model,
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "system": platform.platform(),

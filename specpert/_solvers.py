@@ -87,22 +87,20 @@ def isolated_top(K: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, n
 def _polished(K: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
     """As `isolated_top`, from a vector that must be near; raises numpy.linalg.LinAlgError where it is not."""
     rounding = float(np.finfo(K.dtype).eps)
-    theta = _rayleigh(K, a)
+    theta, residual = _rayleigh(K, a)
     solver = CholeskySolver(K, a, theta)
-    u = a
-    size = float(np.linalg.norm(K @ u - theta * u))
+    u, size = a, float(np.linalg.norm(residual))
     for _ in range(8):
         if size <= 4 * rounding * theta:
             break
         # The shift stays at the start's Rayleigh quotient: far from it the errors would grow instead of shrink.
-        correction = solver(K @ u - theta * u)
+        correction = solver(residual)
         better = u + correction - a @ (a.conj().T @ correction)
         better = better / np.linalg.norm(better)
-        quotient = _rayleigh(K, better)
-        residual = float(np.linalg.norm(K @ better - quotient * better))
-        if residual > size / 2:
+        quotient, residual = _rayleigh(K, better)
+        if (left := float(np.linalg.norm(residual))) > size / 2:
             break
-        u, theta, size = better, quotient, residual
+        u, theta, size = better, quotient, left
     if size > len(K) * rounding * theta:
         raise np.linalg.LinAlgError("the start is too far from the top vector")
     drift = float(np.linalg.norm(u - a @ (a.conj().T @ u)))
@@ -114,8 +112,11 @@ def _polished(K: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, Cho
     return np.array([theta, second]), u, solver
 
 
-def _rayleigh(K: np.ndarray, u: np.ndarray) -> float:
-    return float((u.conj().T @ (K @ u)).real[0, 0])
+def _rayleigh(K: np.ndarray, u: np.ndarray) -> tuple[float, np.ndarray]:
+    """The Rayleigh quotient of a unit column, and its residual."""
+    Ku = K @ u
+    quotient = float((u.conj().T @ Ku).real[0, 0])
+    return quotient, Ku - quotient * u
 
 
 def _lanczos_top(K: np.ndarray) -> np.ndarray:
@@ -137,8 +138,8 @@ def _next_value(K: np.ndarray, u: np.ndarray, solver: CholeskySolver) -> tuple[f
     start = np.random.default_rng(1).standard_normal((len(K), 1)).astype(K.dtype)
     start = start - u @ (u.conj().T @ start)
     _, x = _lanczos(inverse, len(K), 1, start[:, 0], K.dtype, 1e-8, least_width=10)
-    value = _rayleigh(K, x)
-    error = float(np.linalg.norm(K @ x - value * x))
+    value, residual = _rayleigh(K, x)
+    error = float(np.linalg.norm(residual))
     return value + error, error
 
 

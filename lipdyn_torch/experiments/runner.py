@@ -23,7 +23,7 @@ from lipdyn_torch.experiments.cli import keep_freed_memory
 from lipdyn_torch.experiments.registry import NAMES, Context, Experiment, Point, Row, Summary, find
 from lipdyn_torch.experiments.store import RunFolder
 
-__all__ = ["PRESETS", "Job", "PointFailedError", "ReproduceConfig", "reproduce", "run_point"]
+__all__ = ["PRESETS", "Job", "PointFailedError", "ReproduceConfig", "processor", "reproduce", "run_point"]
 
 PRESETS = ("quick", "paper")
 DATA = ("digits", "mnist", "cifar10", "cifar100")
@@ -146,7 +146,7 @@ def environment(config: ReproduceConfig, elapsed: float) -> dict[str, Any]:
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    machine = {"system": platform.platform(), "processor": _processor(), "cores": _cores()}
+    machine = {"system": platform.platform(), "processor": processor(), "cores": _cores()}
     if config.device.startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name(config.device)
     run = {"device": config.device, "jobs": config.jobs or _cores(), "seconds_of_this_call": round(elapsed, 1)}
@@ -268,7 +268,7 @@ def _one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _processor() -> str:
+def processor() -> str:
     """The model's name where the system tells it."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
