@@ -19,7 +19,7 @@ from torch import Tensor
 import specpert
 
 __all__ = [
-    *("Pair", "Spectrum", "cluster_values", "hessian_diagonal", "hessian_pairing"),
+    *("Pair", "Spectrum", "all_finite", "cluster_values", "hessian_diagonal", "hessian_pairing"),
     *("one_thread", "read_spectrum", "spectral_norm", "taylor"),
 ]
 
@@ -144,7 +144,7 @@ def read_spectrum(matrices: Tensor, known: Spectrum | None = None) -> Spectrum:
     """
     matrices = matrices if matrices.ndim == 3 else matrices[None]
     nan = float("nan")
-    if not bool(matrices.sum().isfinite()) and not bool(matrices.isfinite().all()):
+    if not all_finite(matrices):
         return Spectrum(matrices, nan, nan, None, problem="weight is not finite")
     try:
         group, rival = (0, 0.0) if len(matrices) == 1 else _attaining(matrices)
@@ -161,6 +161,11 @@ def read_spectrum(matrices: Tensor, known: Spectrum | None = None) -> Spectrum:
     if gap <= 10 * max(matrices.shape[1:]) * torch.finfo(torch.float64).eps * sigma:
         return Spectrum(matrices, sigma, 0.0, None, group, REPEATED)
     return Spectrum(matrices, sigma, gap, triplet, group)
+
+
+def all_finite(a: Tensor) -> bool:
+    """Whether all numbers are finite: a sum shows NaN and inf, and only where it does are they looked for."""
+    return bool(a.sum().isfinite()) or bool(a.isfinite().all())
 
 
 def _start(matrices: Tensor, group: int, known: Spectrum | None) -> Tensor | None:

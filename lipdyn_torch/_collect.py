@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lipdyn_torch._bridge import Pair, Spectrum
+from lipdyn_torch._bridge import Pair, Spectrum, all_finite
 from lipdyn_torch._hooks import Call, Pass, Watch
 from lipdyn_torch.layers import Block, working
 from lipdyn_torch.noise import GradientNoise, common_factor, mismatch, nearest_factor
@@ -124,17 +124,12 @@ def _check(
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and float(found_inf) > 0:
         problems.append(SKIPPED)
-    elif not all(_finite(g) for g in known):
+    elif not all(map(all_finite, known)):
         problems.append(NOT_FINITE)
     if not passes:
         problems.append(SILENT if watch.accumulated else NO_GRADIENT)
     elif not known:
         problems.append(NO_GRADIENT)
-
-
-def _finite(g: Tensor) -> bool:
-    """Whether all numbers are finite: a sum shows NaN and inf, and only where it does are they looked for."""
-    return bool(g.sum().isfinite()) or bool(g.isfinite().all())
 
 
 def _respond(

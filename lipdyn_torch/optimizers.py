@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lipdyn_torch.distributed import full
-from lipdyn_torch.layers import working
+from lipdyn_torch.layers import value, whole, working
 
 __all__ = ["Response", "mean_drift", "respond"]
 
@@ -112,8 +112,7 @@ def mean_drift(group: dict[str, Any], response: Response, gradient: Tensor, para
 def gradient_of(optimizer: Optimizer, parameter: Tensor) -> Tensor:
     """A copy of the gradient in true units, dense: fused optimisers undo the loss scale only inside the step."""
     assert parameter.grad is not None
-    g = full(parameter.grad.detach())
-    g = working((g.to_dense() if g.is_sparse else g).clone())
+    g = working(value(parameter.grad))
     scale = getattr(optimizer, "grad_scale", None)
     return g if scale is None else g / float(scale)
 
@@ -122,7 +121,7 @@ def _with_decay(group: dict[str, Any], g: Tensor, parameter: Tensor) -> Tensor:
     """The gradient as the optimiser's formula has it: sign, and coupled weight decay."""
     g = -g if group.get("maximize", False) else g
     decay = float(group.get("weight_decay", 0.0))
-    return g if decay == 0.0 else g + decay * working(full(parameter.detach()))
+    return g if decay == 0.0 else g + decay * working(whole(parameter))
 
 
 def _sgd(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Tensor) -> Response | str:
@@ -167,7 +166,7 @@ def _adam(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Te
     drift = W * mean / (1.0 - beta1**taken)
     if not decoupled:
         return Response(drift, -lr * drift, 1.0, W)
-    return Response(drift, -lr * (drift + decay * working(full(parameter.detach()))), 1.0, W, decay)
+    return Response(drift, -lr * (drift + decay * working(whole(parameter))), 1.0, W, decay)
 
 
 def _held(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
