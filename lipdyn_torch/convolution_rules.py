@@ -68,7 +68,7 @@ class ConvRule(LayerRule):
         x, delta = self.operands(module, *together(x, delta), block.group)
         taps, out = module.weight[0, 0].numel(), delta.shape[2:]
         for chunk in chunks(len(x), x.shape[1] * taps * (out.numel() + delta.shape[1])):
-            yield delta[chunk].flatten(2) @ _patches(module, _padded(module, x[chunk]), out)
+            yield delta[chunk].flatten(2) @ _patches(module, _padded(module, x[chunk]), out).mT
 
     def operands(self, module: Any, x: Tensor, delta: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """The group's channels of the input and of the output gradient: batched, not padded."""
@@ -147,22 +147,14 @@ def _scattered(module: Any, t: Tensor, size: torch.Size) -> Tensor:
 
 
 def _patches(module: Any, x: Tensor, out: torch.Size) -> Tensor:
-    """(M, c, *size), padded, to (M, T, c K): what the kernel reads at each of the T places."""
+    """(M, c, *size), padded, to (M, c K, T): what the kernel reads at each of the T places."""
     dims = len(out)
-    if dims == 2 and x.numel() > 0:
-        whole = functional.unfold(x, module.kernel_size, module.dilation, stride=module.stride)
-        grid = [
-            (pixels - d * (k - 1) - 1) // s + 1
-            for pixels, k, d, s in zip(x.shape[2:], module.kernel_size, module.dilation, module.stride, strict=True)
-        ]
-        if grid != list(out):  # a transposed convolution with output padding reads fewer
-            whole = whole.unflatten(2, grid)[..., : out[0], : out[1]].flatten(2)
-        return whole.mT
     for axis, (k, s, d, places) in enumerate(
         zip(module.kernel_size, module.stride, module.dilation, out, strict=True), start=2
     ):
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d].narrow(axis, 0, places)
-    return x.movedim(1, 1 + dims).flatten(1, dims).flatten(2)
+    # Places last: the copy runs along rows of the picture.
+    return x.movedim(tuple(range(2, 2 + dims)), tuple(range(-dims, 0))).flatten(1, 1 + dims).flatten(2)
 
 
 _TYPES: dict[type[nn.Module], LayerRule] = {

@@ -11,6 +11,7 @@ Inputs and output gradients are contracted in their own precision (at least sing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from lipdyn_torch.distributed import full
 __all__ = ["Block", "EmbeddingRule", "LayerRule", "LinearRule", "find_rule", "register_rule", "unsupported_reason"]
 
 # Where per-sample gradients must exist at all, never more than this many numbers at a time.
-CHUNK_NUMBERS = 1 << 22
+CHUNK_NUMBERS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,14 @@ class LayerRule:
 
 def sum_of_squares(per_sample: Iterator[Tensor]) -> Tensor:
     """``sum_i G_i o G_i`` in float64, from chunks of per-sample gradients."""
-    # the squares of small contributions underflow in single precision, and are wanted beside those of their mean
-    sums = (torch.linalg.vector_norm(G, dim=0, dtype=torch.float64).square() for G in per_sample)
+    sums = map(_squares, per_sample)
     return sum(sums, start=next(sums))
+
+
+def _squares(G: Tensor) -> Tensor:
+    """``sum_i G_i o G_i`` of one chunk; where squares leave the range of its precision they are made in float64."""
+    total = G.square().sum(0).double()
+    return total if 1e-20 < float(total.amax()) < math.inf else G.double().square().sum(0)
 
 
 class LinearRule(LayerRule):
