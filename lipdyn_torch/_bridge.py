@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, wraps
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -107,27 +107,37 @@ class Spectrum:
     def u(self) -> Tensor:
         """Left singular vector (m,)."""
         assert self.triplet is not None
-        return self.triplet.u
+        return _tensor(self.triplet.u)
 
     @property
     def v(self) -> Tensor:
         """Right singular vector (n,)."""
         assert self.triplet is not None
-        return self.triplet.v
+        return _tensor(self.triplet.v)
 
     def project(self, G: Tensor) -> Pair:
         """``G v`` (m,) and ``G^T u`` (n,) of a matrix (m, n), multiplied in its own precision."""
         return (G @ self.v.to(G.dtype)).double(), (G.T @ self.u.to(G.dtype)).double()
 
 
+def _array(a: Tensor) -> Any:
+    """What specpert is given: on the CPU NumPy's view of a tensor, which it knows best."""
+    return a.numpy() if a.device.type == "cpu" else a
+
+
+def _tensor(a: Any) -> Tensor:
+    return a if isinstance(a, Tensor) else torch.as_tensor(a)
+
+
 REPEATED = "largest singular value is repeated"
 
 
 @one_thread
-def read_spectrum(matrices: Tensor, known: Spectrum | None = None) -> Spectrum:
+def read_spectrum(matrices: Tensor, known: Spectrum | None = None, rtol: float = 0.0) -> Spectrum:
     """The spectrum of a float64 matrix (m, n) or of several (g, m, n); never raises for numerical reasons.
 
-    ``known``, the spectrum of a matrix nearby, saves time.
+    ``known``, the spectrum of a matrix nearby, saves time; so does ``rtol``, a relative accuracy that is enough for
+    `hessian_pairing` and `hessian_diagonal`.
 
     Examples
     --------
@@ -148,7 +158,7 @@ def read_spectrum(matrices: Tensor, known: Spectrum | None = None) -> Spectrum:
         return Spectrum(matrices, nan, nan, None, problem="weight is not finite")
     try:
         group, rival = (0, 0.0) if len(matrices) == 1 else _attaining(matrices)
-        triplet = specpert.singular_triplet(matrices[group], v0=_start(matrices, group, known))
+        triplet = specpert.singular_triplet(_array(matrices[group]), v0=_start(matrices, group, known), rtol=rtol)
     except specpert.DegenerateSingularValueError:
         sigma = float(torch.linalg.matrix_norm(matrices[group], 2))
         return Spectrum(matrices, sigma, 0.0, None, group, REPEATED)
@@ -168,11 +178,11 @@ def all_finite(a: Tensor) -> bool:
     return bool(a.sum().isfinite()) or bool(a.isfinite().all())
 
 
-def _start(matrices: Tensor, group: int, known: Spectrum | None) -> Tensor | None:
+def _start(matrices: Tensor, group: int, known: Spectrum | None) -> Any:
     """Where the search for the singular vector may begin."""
     if known is None or known.triplet is None or known.group != group or known.matrices.device != matrices.device:
         return None
-    return known.v if known.matrices.shape == matrices.shape else None
+    return known.triplet.v if known.matrices.shape == matrices.shape else None
 
 
 def _attaining(matrices: Tensor) -> tuple[int, float]:
@@ -186,19 +196,19 @@ def _attaining(matrices: Tensor) -> tuple[int, float]:
 @one_thread
 def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor) -> Tensor:
     """``D^2 sigma[G, G]`` from ``p = G v`` (..., m) and ``q = G^T u`` (..., n); shape (...) (theory 1.3)."""
-    return specpert.SigmaHessian(spectrum.triplet).from_projections(p, q)
+    return _tensor(specpert.SigmaHessian(spectrum.triplet).from_projections(_array(p), _array(q)))
 
 
 @one_thread
 def hessian_diagonal(spectrum: Spectrum) -> Tensor:
     """The diagonal of the Hessian of sigma as a matrix (m, n) (theory 2.4)."""
-    return specpert.SigmaHessian(spectrum.triplet).diagonal()
+    return _tensor(specpert.SigmaHessian(spectrum.triplet).diagonal())
 
 
 @one_thread
 def taylor(spectrum: Spectrum, step: Tensor) -> list[float]:
     """Taylor coefficients (sigma, D1, D2/2, D3/6) of sigma along ``step`` (m, n) (theory 1.4)."""
-    return [float(c) for c in specpert.sigma_series(spectrum.triplet, step, 3).coefficients]
+    return [float(c) for c in specpert.sigma_series(spectrum.triplet, _array(step), 3).coefficients]
 
 
 @one_thread
@@ -230,9 +240,9 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -
     for group, size in enumerate(sizes.tolist()):
         if size == 0:
             continue
-        series = specpert.sigma_series(spectrum.matrices[group], steps[group], 3, k=tuple(range(size)))
-        partial = torch.cumsum(series.effective_matrices, 0)[1:]
-        tops = torch.linalg.eigvals(partial).real.amax(-1).tolist()
+        A, D = _array(spectrum.matrices[group]), _array(steps[group])
+        matrices = _tensor(specpert.sigma_series(A, D, 3, k=tuple(range(size))).effective_matrices)
+        tops = torch.linalg.eigvals(torch.cumsum(matrices, 0)[1:]).real.amax(-1).tolist()
         best = [max(pair) for pair in zip(best, tops, strict=True)]
     return best
 
@@ -240,12 +250,11 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -
 def _singular_values(matrices: Tensor) -> Tensor:
     """All singular values, descending; the small ones to half the digits, which is enough to tell them apart."""
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-    if wide.device.type == "cpu":  # NumPy sees the symmetry of one product and does half the work
-        rows = [one @ one.T for one in wide.reshape(-1, *wide.shape[-2:]).numpy()]
-        gram = torch.from_numpy(np.stack(rows)).reshape(*wide.shape[:-1], wide.shape[-2])
-    else:
-        gram = wide @ wide.mT
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
+    if wide.device.type != "cpu":
+        return torch.linalg.eigvalsh(wide @ wide.mT).flip(-1).clamp_min(0).sqrt()
+    # NumPy sees the symmetry of one product and does half the work; and torch's threads would wait for each other
+    rows = [np.linalg.eigvalsh(one @ one.T) for one in wide.reshape(-1, *wide.shape[-2:]).numpy()]
+    return torch.from_numpy(np.sqrt(np.maximum(np.stack(rows)[:, ::-1], 0.0))).reshape(wide.shape[:-1])
 
 
 @one_thread

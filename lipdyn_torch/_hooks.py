@@ -27,6 +27,9 @@ __all__ = ["Call", "Switch", "Tap", "Watch"]
 UNPAIRED = "calls of the layer in one backward pass saw different numbers of samples: they cannot be paired"
 RETAINED = "several backward passes through one forward pass"
 
+#: Relative accuracy of the Hessian's forms for weights in single precision, whose gradients are no better.
+ENOUGH = 3e-5
+
 
 @dataclass
 class Switch:
@@ -95,7 +98,8 @@ class Watch:
 
     def _read(self, known: Spectrum | None) -> None:
         self.values = [value(p) for p in self.parameters]
-        self.spectrum = read_spectrum(self._matrices(self.values), known)
+        single = any(x.dtype != torch.float64 for x in self.values)
+        self.spectrum = read_spectrum(self._matrices(self.values), known, ENOUGH if single else 0.0)
 
     def _matrices(self, values: list[Tensor]) -> Tensor:
         """The weight in float64 (g, m, n)."""

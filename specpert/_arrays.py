@@ -69,14 +69,14 @@ def _library(x: Array) -> str:
 _small_calls = 0
 
 
-def kernels(matrices: int) -> Any:
+def kernels(matrices: int, hurried: bool = True) -> Any:
     """The module of kernels for so many small NumPy matrices in one call.
 
     Loading the compiled ones takes longer than many a short script: they are used from the ninth small call on, and at
-    once for a stack that pays for it.
+    once for a stack that pays for it. Only hurried calls count, of which the kernel is the greater part.
     """
     global _small_calls
-    _small_calls += 1
+    _small_calls += hurried
     if _small_calls > 8 or matrices >= 512:
         from specpert._kernels import cpu
 

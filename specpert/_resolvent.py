@@ -50,7 +50,7 @@ class SmallSideResolvent:
     Eliminating y = (g + A^* x) / sigma from sigma x - A y = f, sigma y - A^* x = g leaves
     (sigma^2 I - K) x = sigma f + A g, which `solve` answers on the complement of u. With `mirrored` it is the resolvent
     of the adjoint: K is then A^* A. For a cluster u (m, c), v (n, c) and sigma (c,), and column j has its own sigma_j;
-    for one value any number of columns. `matrix` is A (with `mirrored` A^*) where it is known.
+    for one value any number of columns. `matrix` is A (with `mirrored` A^*) where it is known, in the precision of forms.
     """
 
     def __init__(
@@ -76,31 +76,35 @@ class SmallSideResolvent:
 
     def _solve(self, f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         u, v = self.u, self.v
-        f, g, r = self._reduce(f, g)
-        x = self.solve(r)
+        # off the eigenvector (u, v)
+        c = (u.conj().T @ f + v.conj().T @ g) / 2
+        f, g = f - u @ c, g - v @ c
+        x = self.solve(self.sigma * f + self.apply(g))
         # the part along u is not the equation's to fix: (x, y) is orthogonal to (u, v), which leaves that of (u, -v)
         x = x - u @ (u.conj().T @ x + v.conj().T @ g / self.sums)
         return x, (g + self.apply_adjoint(x)) / self.sigma
 
-    def _reduce(self, f: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(f, g) off the eigenvector (u, v), and the right-hand side of the small equation."""
-        c = (self.u.conj().T @ f + self.v.conj().T @ g) / 2
-        f, g = f - self.u @ c, g - self.v @ c
-        return f, g, self.sigma * f + self.apply(g)
-
     def quadratic(self, f: np.ndarray, g: np.ndarray) -> np.ndarray:
-        """Re((f, g)^* (x, y)) of each column (c,): (||g||^2 + r^* (sigma^2 I - K)^-1 r) / sigma, on one side only."""
+        """Re((f, g)^* (x, y)) of each column (c,): (||g||^2 + r^* (sigma^2 I - K)^-1 r) / sigma, on one side only.
+
+        Of one value; computed with the vectors as rows, which leaves the columns of r as LAPACK wants them.
+        """
         if self.mirrored:
             f, g = g, f
-        f, g, r = self._reduce(f, g)
-        return np.asarray((np.sum(square(g), axis=0) + self.solve.form(r)) / self.sigma)
+        dtype = self.u.dtype if self.matrix is None else self.matrix.dtype
+        f, g, u, v = (x.T.astype(dtype, copy=False) for x in (f, g, self.u, self.v))
+        g = g - ((f @ u.conj().T + g @ v.conj().T) / 2) @ v
+        r = self.apply(g.T).T if self.matrix is None else g @ self.matrix.T
+        r = r + float(self.sigma[0]) * f
+        r -= (r @ u.conj().T) @ u
+        return np.asarray((np.einsum("ij,ij->i", g, g.conj()).real + self.solve.form(r.T)) / self.sigma, self.sigma.dtype)
 
     def diagonal_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of one value: diagonals (m,) and (n,) of the blocks L and R, and the block C (m, n) (theory 1.3)."""
         if self.matrix is None:
             raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
         A, u, v, sigma = self.matrix, self.u, self.v, float(self.sigma[0])
-        S = self.solve(np.eye(len(u), dtype=u.dtype) - u @ u.conj().T)
+        S = self.solve.rough(np.eye(len(u), dtype=u.dtype) - u @ u.conj().T)
         S = S - u @ (u.conj().T @ S)
         C = S @ A
         uu, vv = square(u[:, 0]), square(v[:, 0])

@@ -1,7 +1,7 @@
 """The equation of the smaller side, (sigma^2 I - K) x = b, and the top of the spectrum of K.
 
-Legend: K (r, r) the Gram matrix A A^* (or A^* A) of the smaller side; u (r, 1) its top vector; w eigenvalues,
-descending; X (r, j) vectors; b, x (r, c) columns.
+Legend: B (r, c) the matrix, its smaller side first; K = B B^* (r, r); u (r, 1) its top vector, theta its top value; w
+eigenvalues, descending; X (r, j) vectors; b, x (r, c) columns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ import numpy as np
 
 from specpert.result import ConvergenceError
 
+Product = Callable[[np.ndarray], np.ndarray]
+
+# Relative error of a resolvent made in single precision, in units of eps theta / (theta - w_2); at most a third of it
+# was ever measured.
+_SINGLE_ERROR = 0.5
+
 
 class Solver(Protocol):
     """Solves (sigma^2 I - K) x = b for columns b (r, c), where it can be solved."""
@@ -20,36 +26,76 @@ class Solver(Protocol):
     def __call__(self, b: np.ndarray) -> np.ndarray:
         """The solution x (r, c)."""
 
+    def rough(self, b: np.ndarray) -> np.ndarray:
+        """The solution to the accuracy asked of Hessian forms."""
+
     def form(self, b: np.ndarray) -> np.ndarray:
-        """b^* x of each column (c,)."""
+        """b^* x of each column (c,), to the accuracy of `rough`."""
+
+
+class Gram:
+    """K = B B^*: products with it in the precision of B, and the matrix itself in a precision of choice."""
+
+    def __init__(self, B: np.ndarray) -> None:
+        self.B, self.Ba = B, B.conj().T
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return np.asarray(self.B @ (self.Ba @ x))
+
+    def matrix(self, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+        """B and K."""
+        B = self.B.astype(dtype, copy=False)
+        return B, B @ B.conj().T
 
 
 class CholeskySolver:
     """On the complement of a: M = theta (I + a a^*) - K = L L^*.
 
+    Where K is less precise than the products `gram`, solutions are refined by these.
+
     Raises numpy.linalg.LinAlgError unless M is positive definite; K then has at most one eigenvalue above theta.
     """
 
-    def __init__(self, K: np.ndarray, a: np.ndarray, theta: float) -> None:
-        from scipy.linalg import cho_factor
+    def __init__(self, K: np.ndarray, a: np.ndarray, theta: float, gram: Product) -> None:
+        from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
-        M = (theta * a) @ a.conj().T
+        self.a, self.theta, self.gram = a, theta, gram
+        factorise, self._solve = get_lapack_funcs(("potrf", "potrs"), (K,))
+        (self._halve,) = get_blas_funcs(("trsm",), (K,))
+        low = a.astype(K.dtype)
+        M = low @ (theta * low.conj().T)
         M -= K
         M[np.diag_indices_from(M)] += theta
         # the Hermitian matrix column by column, as LAPACK wants it, without a transposed copy
         columns = M.conj().T if np.iscomplexobj(M) else M.T
-        self.L, _ = cho_factor(columns, lower=True, overwrite_a=True, check_finite=False)
+        self.L, failed = factorise(columns, lower=True, overwrite_a=True, clean=False)
+        if failed:
+            raise np.linalg.LinAlgError("the shifted Gram matrix is not positive definite")
 
-    def __call__(self, b: np.ndarray) -> np.ndarray:
-        from scipy.linalg import cho_solve
+    def __call__(self, b: np.ndarray, rounds: int = 6) -> np.ndarray:
+        """The solution x (r, c), refined at most so many times."""
+        x = self.rough(b)
+        if self.L.dtype == b.dtype:
+            return x
+        rounding = 8 * float(np.finfo(b.dtype).eps) * self.theta
+        for _ in range(rounds):
+            residual = b - self.theta * (x + self.a @ (self.a.conj().T @ x)) + self.gram(x)
+            if np.all(np.linalg.norm(residual, axis=0) <= rounding * np.linalg.norm(x, axis=0)):
+                break
+            x += self.rough(residual)
+        return x
 
-        return np.asarray(cho_solve((self.L, True), b, check_finite=False))
+    def rough(self, b: np.ndarray) -> np.ndarray:
+        """As of the protocol: by the factor alone, to its precision."""
+        if self.L.dtype == b.dtype:
+            return np.asarray(self._solve(self.L, b, lower=True)[0])
+        size = float(np.max(np.abs(b))) or 1.0  # small numbers have no place in single precision
+        return np.asarray(self._solve(self.L, (b / size).astype(self.L.dtype), lower=True)[0] * size, dtype=b.dtype)
 
     def form(self, b: np.ndarray) -> np.ndarray:
-        """||L^-1 b||^2 of each column: half the work of a solution."""
-        from scipy.linalg import solve_triangular
-
-        return np.asarray(np.sum(square(solve_triangular(self.L, b, lower=True, check_finite=False)), axis=0))
+        """||L^-1 b||^2 of each column: half the work of a solution; b may be overwritten."""
+        half = self._halve(1.0, self.L, b.astype(self.L.dtype, copy=False), lower=True, overwrite_b=True)
+        return np.asarray(np.einsum("ij,ij->j", half, half.conj()).real)
 
 
 class EigenSolver:
@@ -61,86 +107,136 @@ class EigenSolver:
     def __call__(self, b: np.ndarray) -> np.ndarray:
         return np.asarray(self.X @ (self.weights * (self.X.conj().T @ b)))
 
+    rough = __call__
+
     def form(self, b: np.ndarray) -> np.ndarray:
         """As of the protocol."""
         return np.asarray(np.sum(self.weights * square(self.X.conj().T @ b), axis=0))
 
 
-def isolated_top(K: np.ndarray, start: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
-    """The largest eigenvalue of K and (an upper estimate of) the next one, the vector (r, 1), and its solver.
+class _Close(Exception):
+    """The top value is too close to the next one for the precision at hand."""
+
+
+def isolated_top(
+    gram: Gram, start: np.ndarray | None, rtol: float
+) -> tuple[np.ndarray, np.ndarray, CholeskySolver, np.ndarray]:
+    """The largest eigenvalue of K and (an upper estimate of) the next one, the vector (r, 1), its solver, and B.
 
     From a start vector (r, 1) near the top one, or from Lanczos: a Cholesky factorisation that succeeds proves that no
     second eigenvalue is above the Rayleigh quotient, and its inverse then polishes the vector. Where neither is good
-    enough, from the two eigenvectors themselves. Raises numpy.linalg.LinAlgError where K cannot tell the values apart.
+    enough, from the two eigenvectors themselves. Where `rtol`, the accuracy asked of `Solver.rough`, and the gap allow
+    it, the factor and the B returned are in single precision; values and vector never are. Raises
+    numpy.linalg.LinAlgError where K cannot tell the values apart.
     """
-    for guess in (lambda: start, lambda: _lanczos_top(K)):
-        try:
-            if (a := guess()) is not None:
-                return _polished(K, a)
-        except (ConvergenceError, np.linalg.LinAlgError):
-            continue
+    full = gram.B.dtype
+    single = np.dtype(np.complex64 if np.issubdtype(full, np.complexfloating) else np.float32)
+    cheap = rtol > _SINGLE_ERROR * float(np.finfo(single).eps)
+    for dtype in (single, full) if cheap else (full,):
+        B, K = gram.matrix(dtype)
+        product = gram if dtype == single else K.__matmul__
+        for guess in (lambda: start, lambda: _lanczos_top(product, len(K), full)):
+            try:
+                if (a := guess()) is not None:
+                    return *_polished(gram, K, a, rtol), B
+            except _Close:
+                break
+            except (ConvergenceError, np.linalg.LinAlgError):
+                continue
     w, X = top_two(K)
     u = X[:, 1:]
-    return w[::-1], u, CholeskySolver(K, u, float(w[1]))
+    return w[::-1], u, CholeskySolver(K, u, float(w[1]), gram), B
 
 
-def _polished(K: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
+def _polished(
+    gram: Gram, K: np.ndarray, a: np.ndarray, rtol: float
+) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
     """As `isolated_top`, from a vector that must be near; raises numpy.linalg.LinAlgError where it is not."""
-    rounding = float(np.finfo(K.dtype).eps)
-    theta, residual = _rayleigh(K, a)
-    solver = CholeskySolver(K, a, theta)
+    rounding = float(np.finfo(a.dtype).eps)
+    theta, residual = _rayleigh(gram, a)
+    solver = CholeskySolver(K, a, theta, gram)
     u, size = a, float(np.linalg.norm(residual))
     for _ in range(8):
         if size <= 4 * rounding * theta:
             break
         # The shift stays at the start's Rayleigh quotient: far from it the errors would grow instead of shrink.
-        correction = solver(residual)
+        correction = solver.rough(residual)
         better = u + correction - a @ (a.conj().T @ correction)
         better = better / np.linalg.norm(better)
-        quotient, residual = _rayleigh(K, better)
+        quotient, residual = _rayleigh(gram, better)
         if (left := float(np.linalg.norm(residual))) > size / 2:
             break
         u, theta, size = better, quotient, left
     if size > len(K) * rounding * theta:
         raise np.linalg.LinAlgError("the start is too far from the top vector")
     drift = float(np.linalg.norm(u - a @ (a.conj().T @ u)))
-    second, error = _next_value(K, u, solver)
+    second, error = _next_value(gram, u, solver, max(1e-8, rtol / 8))
     if theta - second <= 10 * error:  # so close that the estimate would decide whether it is a tie
         raise np.linalg.LinAlgError("the next value is not known well enough")
-    if theta * drift**2 > 64 * rounding * (theta - second):  # the shift was not yet that of the vector
-        solver = CholeskySolver(K, u, theta)
+    if K.dtype != a.dtype and rtol * (theta - second) < _SINGLE_ERROR * float(np.finfo(K.dtype).eps) * theta:
+        raise _Close
+    if theta * drift**2 > max(64 * rounding, rtol / 8) * (theta - second):  # the shift was not yet that of the vector
+        solver = CholeskySolver(K, u, theta, gram)
+    solver.a, solver.theta = u, theta
     return np.array([theta, second]), u, solver
 
 
-def _rayleigh(K: np.ndarray, u: np.ndarray) -> tuple[float, np.ndarray]:
+def _rayleigh(gram: Gram, u: np.ndarray) -> tuple[float, np.ndarray]:
     """The Rayleigh quotient of a unit column, and its residual."""
-    Ku = K @ u
+    Ku = gram(u)
     quotient = float((u.conj().T @ Ku).real[0, 0])
     return quotient, Ku - quotient * u
 
 
-def _lanczos_top(K: np.ndarray) -> np.ndarray:
-    start = np.random.default_rng(0).standard_normal(len(K)).astype(K.dtype)
-    _, X = _lanczos(lambda x: K @ x, len(K), 1, start, K.dtype, 1e-11)  # so accurate that one factorisation will do
+def _lanczos_top(product: Product, r: int, dtype: Any) -> np.ndarray:
+    start = np.random.default_rng(0).standard_normal(r).astype(dtype)
+    _, X = _lanczos(product, r, 1, start, dtype, 1e-11)  # so accurate that one factorisation will do
     return X
 
 
-def _next_value(K: np.ndarray, u: np.ndarray, solver: CholeskySolver) -> tuple[float, float]:
+def _next_value(gram: Gram, u: np.ndarray, solver: CholeskySolver, rtol: float) -> tuple[float, float]:
     """Upper estimate of the largest eigenvalue of K on the complement of u, and the error allowed for in it.
 
     By Lanczos on the inverse.
     """
 
-    def inverse(x: np.ndarray) -> np.ndarray:
-        y = solver(x - u @ (u.conj().T @ x))
-        return y - u @ (u.conj().T @ y)
+    def outside(x: np.ndarray) -> np.ndarray:
+        return x - u @ (u.conj().T @ x)
 
-    start = np.random.default_rng(1).standard_normal((len(K), 1)).astype(K.dtype)
-    start = start - u @ (u.conj().T @ start)
-    _, x = _lanczos(inverse, len(K), 1, start[:, 0], K.dtype, 1e-8, least_width=10)
-    value, residual = _rayleigh(K, x)
+    start = outside(np.random.default_rng(1).standard_normal(u.shape).astype(u.dtype))
+    x = _largest(lambda x: outside(solver.rough(outside(x))), start, rtol)
+    x = outside(solver(x, rounds=1))  # takes off what is far below, which the inverse hardly sees, and the rounding of its factor
+    x = x / np.linalg.norm(x)
+    value, residual = _rayleigh(gram, x)
     error = float(np.linalg.norm(residual))
     return value + error, error
+
+
+def _largest(product: Product, start: np.ndarray, rtol: float, width: int = 40) -> np.ndarray:
+    """Unit vector (r, 1) of the largest eigenvalue of a positive operator, to a residual of rtol times that.
+
+    By Lanczos, restarted: where few products do, this takes a fraction of the time of ARPACK's many small calls.
+    """
+    V, T = np.empty((width, len(start)), start.dtype), np.zeros((width, width))
+    x = start
+    for _ in range(12):
+        V[0] = x[:, 0] / np.linalg.norm(x)
+        for j in range(width):
+            basis = V[: j + 1]
+            w = product(V[j, :, None])[:, 0]
+            h = basis.conj() @ w
+            T[j, j] = h[j].real
+            w = w - h @ basis
+            w -= (basis.conj() @ w) @ basis  # twice is enough
+            beta = float(np.linalg.norm(w))
+            values, S = np.linalg.eigh(T[: j + 1, : j + 1])
+            x = (S[:, -1] @ basis)[:, None]
+            if beta * abs(S[-1, -1]) <= rtol * values[-1]:
+                return np.asarray(x / np.linalg.norm(x))
+            if j + 1 < width:
+                V[j + 1] = w / beta
+                T[j + 1, j] = T[j, j + 1] = beta
+    raise ConvergenceError("expected Lanczos to find the next singular value, got none after 12 restarts")
 
 
 def top_two(K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -160,7 +256,7 @@ class IterativeSolver:
     """
 
     def __init__(
-        self, gram: Callable[[np.ndarray], np.ndarray], X: np.ndarray, w: np.ndarray, index: int, sigma: float
+        self, gram: Product, X: np.ndarray, w: np.ndarray, index: int, sigma: float
     ) -> None:
         self.gram, self.X, self.w, self.sigma = gram, X, w, sigma
         self.index = index
@@ -170,6 +266,8 @@ class IterativeSolver:
         solved = [self._solve(column) for column in b.T]
         self.residuals.append(max(residual for _, residual in solved))
         return np.stack([x for x, _ in solved], axis=1)
+
+    rough = __call__
 
     def form(self, b: np.ndarray) -> np.ndarray:
         """As of the protocol."""
@@ -207,7 +305,7 @@ class IterativeSolver:
 
 
 def top_of_gram(
-    gram: Callable[[np.ndarray], np.ndarray], size: int, count: int, start: np.ndarray, dtype: Any
+    gram: Product, size: int, count: int, start: np.ndarray, dtype: Any
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """The `count` largest eigenvalues w of K, descending, their vectors X, and an upper estimate of the next one.
 
@@ -225,7 +323,7 @@ def top_of_gram(
 
 
 def _next_of_gram(
-    gram: Callable[[np.ndarray], np.ndarray], size: int, w: np.ndarray, X: np.ndarray, dtype: Any
+    gram: Product, size: int, w: np.ndarray, X: np.ndarray, dtype: Any
 ) -> tuple[np.ndarray, float]:
     """Vector and upper estimate of the largest eigenvalue of K on the complement of X."""
 
@@ -249,18 +347,17 @@ def _next_of_gram(
 
 
 def _lanczos(
-    product: Callable[[np.ndarray], np.ndarray],
+    product: Product,
     size: int,
     count: int,
     start: np.ndarray,
     dtype: Any,
     tolerance: float,
-    least_width: int = 24,
 ) -> tuple[np.ndarray, np.ndarray]:
     from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
 
     operator = LinearOperator((size, size), matvec=lambda x: product(x.reshape(-1, 1)).reshape(-1), dtype=dtype)
-    width = min(size, max(2 * count + 1, least_width))
+    width = min(size, max(2 * count + 1, 24))
     try:
         w, X = eigsh(operator, k=count, which="LA", v0=start, tol=tolerance, ncv=width, maxiter=500)
     except ArpackNoConvergence as error:

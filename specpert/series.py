@@ -284,7 +284,7 @@ def _by_kernel(triplet: SingularTriplet, H: Array, order: int) -> list[Array]:
     out = np.empty((len(s), order + 1), s.dtype)
     Vh, H = np.ascontiguousarray(adjoint(V, triplet._xp)), np.ascontiguousarray(H.reshape(-1, *H.shape[-2:]))
     assert isinstance(triplet.k, int)
-    kernels(len(s)).direction_series(U, s, Vh, H, triplet.k, out)
+    kernels(len(s), hurried=False).direction_series(U, s, Vh, H, triplet.k, out)
     return [out[:, n].reshape(*triplet.shape[:-2], 1) for n in range(order + 1)]
 
 

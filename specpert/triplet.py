@@ -37,7 +37,7 @@ from specpert._checks import check_direction, check_indices
 from specpert._isolation import isolation
 from specpert._operators import Operator, as_operator, is_operator
 from specpert._resolvent import HostResolvent, Resolvent, SmallSideResolvent, from_thin_svd
-from specpert._solvers import EigenSolver, IterativeSolver, Solver, isolated_top, top_of_gram
+from specpert._solvers import EigenSolver, Gram, IterativeSolver, Solver, isolated_top, top_of_gram
 from specpert.result import (
     ConvergenceError,
     NonFiniteError,
@@ -173,6 +173,7 @@ def singular_triplet(
     v0: Any = None,
     method: str = "auto",
     gap_tol: float | None = None,
+    rtol: float = 0.0,
 ) -> SingularTriplet:
     """Singular value k of A with its vectors, isolation distance and reduced resolvent.
 
@@ -193,6 +194,10 @@ def singular_triplet(
         Distance to the next singular value, relative to the largest one, below which the value counts as tied.
         Default 10 max(m, n) eps, the error of the decomposition itself. A Gram matrix is decomposed in float64; there
         it is at least 10 eps of A's own dtype.
+    rtol : float
+        Relative accuracy asked of Hessian forms and diagonals. From 1e-6 on, the Gram method may take them from a
+        factorisation in single precision, where the gap is wide enough for that; singular value, vectors and series
+        have full accuracy all the same.
 
     Returns
     -------
@@ -220,7 +225,9 @@ def singular_triplet(
     """
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {METHODS}, got {method!r}")
-    triplet, _ = prepare(A, k, [], [], cluster=False, gap_tol=gap_tol, method=method, v0=v0)
+    if not 0 <= rtol < 1:
+        raise ValueError(f"expected 0 <= rtol < 1, got {rtol}")
+    triplet, _ = prepare(A, k, [], [], cluster=False, gap_tol=gap_tol, method=method, v0=v0, rtol=rtol)
     return triplet
 
 
@@ -234,6 +241,7 @@ def prepare(
     gap_tol: float | None = None,
     method: str = "auto",
     v0: Any = None,
+    rtol: float = 0.0,
 ) -> tuple[SingularTriplet, list[Any]]:
     """The triplet of A (or the one given in its place) and directions of its library, device, dtype and shape."""
     prepared = isinstance(A, SingularTriplet)
@@ -250,7 +258,7 @@ def prepare(
         raise ValueError(f"expected no v0 with {what}, which does not start from one")
     if not prepared:
         xp, (A, *arrays) = as_arrays(A, *directions, names=["A", *names])
-        triplet = _by_dense(A, k, gap_tol, cluster, method, xp, v0)
+        triplet = _by_dense(A, k, gap_tol, cluster, method, xp, v0, rtol)
     else:
         triplet, xp, arrays = A, A._xp, []
         if directions:
@@ -288,6 +296,7 @@ def _by_dense(
     method: str,
     xp: Namespace,
     v0: Any = None,
+    rtol: float = 0.0,
 ) -> SingularTriplet:
     check_matrix(A, "A", xp)
     m, n = A.shape[-2:]
@@ -305,7 +314,7 @@ def _by_dense(
         )
     if view is not None:
         try:
-            return _by_gram(view, count, cluster, e, gap_tol, scaled, xp, v0)
+            return _by_gram(view, count, cluster, e, gap_tol, scaled, xp, v0, rtol)
         except np.linalg.LinAlgError:  # the gap is within rounding of K: let the SVD decide whether it is a tie
             if method == "gram":
                 raise ConvergenceError(
@@ -366,6 +375,7 @@ def _by_gram(
     like: Array,
     xp: Namespace,
     v0: Any,
+    rtol: float,
 ) -> SingularTriplet:
     """Top triplet, or cluster of the c largest values, of one matrix on the CPU from its smaller Gram matrix.
 
@@ -374,20 +384,18 @@ def _by_gram(
     """
     wide = A.shape[0] <= A.shape[1]
     dtype = np.result_type(A.dtype, np.float64)
-    B = (A if wide else adjoint(A, np)).astype(dtype, copy=False)
-    Ba = adjoint(B, np)
-    K = B @ Ba
-    r = len(K)
+    gram = Gram((A if wide else adjoint(A, np)).astype(dtype, copy=False))
+    B, r = gram.B, len(gram.B)
     solve: Solver | None = None
     if cluster or r < _CHOLESKY_FROM:
+        matrix, K = gram.matrix(dtype)
         w, X = np.linalg.eigh(K)
         w, X = w[::-1], X[:, ::-1]
         u = X[:, :c]
     else:
-        w, u, solve = isolated_top(
-            K, None if v0 is None else _on_smaller_side(v0, A.shape[1], B.__matmul__, dtype, wide)
-        )
-    v = Ba @ u
+        start = None if v0 is None else _on_smaller_side(v0, A.shape[1], B.__matmul__, dtype, wide)
+        w, u, solve, matrix = isolated_top(gram, start, rtol)
+    v = gram.Ba @ u
     s = np.sqrt(np.maximum(w, 0.0))
     s[:c] = np.linalg.norm(v, axis=0)
     if s[c - 1] == 0:
@@ -403,8 +411,8 @@ def _by_gram(
         if w[c - 1] - w[c] <= 100 * r * float(np.finfo(dtype).eps) * w[0]:
             raise np.linalg.LinAlgError("the gap is within rounding")
         solve = EigenSolver(w[c:], X[:, c:], s[:c])
-    products = (lambda x: B @ x, lambda y: Ba @ y)
-    resolvent = SmallSideResolvent(solve, products, u, v, s[:c], mirrored=not wide, matrix=B)
+    products = (lambda x: B @ x, lambda y: gram.Ba @ y)
+    resolvent = SmallSideResolvent(solve, products, u, v, s[:c], mirrored=not wide, matrix=matrix)
     s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, margin))
     wrapped = resolvent if is_numpy(like) else HostResolvent(resolvent, like, xp)
     real = real_dtype(like.dtype, xp)
