@@ -59,7 +59,7 @@ class CholeskySolver:
     def __init__(self, K: np.ndarray, a: np.ndarray, theta: float, gram: Product) -> None:
         from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
-        self.a, self.theta, self.gram = a, theta, gram
+        self.K, self.a, self.theta, self.gram = K, a, theta, gram
         factorise, self._solve = get_lapack_funcs(("potrf", "potrs"), (K,))
         (self._halve,) = get_blas_funcs(("trsm",), (K,))
         low = a.astype(K.dtype)
@@ -97,12 +97,29 @@ class CholeskySolver:
         half = self._halve(1.0, self.L, b.astype(self.L.dtype, copy=False), lower=True, overwrite_b=True)
         return np.asarray(np.einsum("ij,ij->j", half, half.conj()).real)
 
+    def count(self, lower: float) -> int:
+        """By Sylvester's law of inertia, from K - lower I = L D L^*."""
+        from scipy.linalg import get_lapack_funcs
+
+        name = "hetrf" if np.iscomplexobj(self.K) else "sytrf"
+        (factorise,) = get_lapack_funcs((name,), (self.K,))
+        shifted = self.K - lower * np.eye(len(self.K), dtype=self.K.dtype)
+        factors, pivots, _ = factorise(shifted, lower=True, overwrite_a=True)
+        single = pivots > 0
+        # D has blocks of order two where no entry of the diagonal would do as a pivot: one value of each sign
+        return int(np.sum(np.diagonal(factors).real[single] > 0)) + int(np.sum(~single)) // 2
+
 
 class EigenSolver:
     """On the span of the eigenvectors X (r, j) of K with values w (j,), for column i with its own sigma_i (c,)."""
 
     def __init__(self, w: np.ndarray, X: np.ndarray, sigma: np.ndarray) -> None:
+        self.values = np.append(sigma * sigma, w)
         self.X, self.weights = X, 1 / (sigma * sigma - w[:, None])
+
+    def count(self, lower: float) -> int:
+        """As of the protocol."""
+        return int(np.sum(self.values > lower))
 
     def __call__(self, b: np.ndarray) -> np.ndarray:
         return np.asarray(self.X @ (self.weights * (self.X.conj().T @ b)))
@@ -204,7 +221,7 @@ def _next_value(gram: Gram, u: np.ndarray, solver: CholeskySolver, rtol: float) 
         return x - u @ (u.conj().T @ x)
 
     start = outside(np.random.default_rng(1).standard_normal(u.shape).astype(u.dtype))
-    x = _largest(lambda x: outside(solver.rough(outside(x))), start, rtol)
+    x = largest(lambda x: outside(solver.rough(outside(x))), start, rtol)
     x = outside(solver(x, rounds=1))  # takes off what is far below, which the inverse hardly sees, and the rounding of its factor
     x = x / np.linalg.norm(x)
     value, residual = _rayleigh(gram, x)
@@ -212,15 +229,15 @@ def _next_value(gram: Gram, u: np.ndarray, solver: CholeskySolver, rtol: float) 
     return value + error, error
 
 
-def _largest(product: Product, start: np.ndarray, rtol: float, width: int = 40) -> np.ndarray:
+def largest(product: Product, start: np.ndarray, rtol: float, width: int = 40) -> np.ndarray:
     """Unit vector (r, 1) of the largest eigenvalue of a positive operator, to a residual of rtol times that.
 
     By Lanczos, restarted: where few products do, this takes a fraction of the time of ARPACK's many small calls.
     """
     V, T = np.empty((width, len(start)), start.dtype), np.zeros((width, width))
-    x = start
+    x = start[:, 0]
     for _ in range(12):
-        V[0] = x[:, 0] / np.linalg.norm(x)
+        V[0] = x / np.linalg.norm(x)
         for j in range(width):
             basis = V[: j + 1]
             w = product(V[j, :, None])[:, 0]
@@ -230,12 +247,14 @@ def _largest(product: Product, start: np.ndarray, rtol: float, width: int = 40) 
             w -= (basis.conj() @ w) @ basis  # twice is enough
             beta = float(np.linalg.norm(w))
             values, S = np.linalg.eigh(T[: j + 1, : j + 1])
-            x = (S[:, -1] @ basis)[:, None]
-            if beta * abs(S[-1, -1]) <= rtol * values[-1]:
-                return np.asarray(x / np.linalg.norm(x))
+            if done := beta * abs(S[-1, -1]) <= rtol * values[-1]:
+                break
             if j + 1 < width:
                 V[j + 1] = w / beta
                 T[j + 1, j] = T[j, j + 1] = beta
+        x = S[:, -1].astype(V.dtype) @ basis
+        if done:
+            return np.asarray(x / np.linalg.norm(x))[:, None]
     raise ConvergenceError("expected Lanczos to find the next singular value, got none after 12 restarts")
 
 

@@ -37,7 +37,7 @@ from specpert._checks import check_direction, check_indices
 from specpert._isolation import isolation
 from specpert._operators import Operator, as_operator, is_operator
 from specpert._resolvent import HostResolvent, Resolvent, SmallSideResolvent, from_thin_svd
-from specpert._solvers import EigenSolver, Gram, IterativeSolver, Solver, isolated_top, top_of_gram
+from specpert._solvers import CholeskySolver, EigenSolver, Gram, IterativeSolver, Solver, isolated_top, top_of_gram
 from specpert.result import (
     ConvergenceError,
     NonFiniteError,
@@ -159,6 +159,30 @@ class SingularTriplet:
         assert self._svd is not None
         one = replace(self, shape=self.shape[-2:], _e=self._e[i], _margin=self._margin[i])
         return _assemble(one, tuple(x[i] for x in self._svd), self.k, self._gap[i])
+
+    def count_above(self, lower: float) -> int:
+        """Number of singular values of A above `lower`; one that is within rounding of it counts or does not.
+
+        From the decomposition there is, or by Sylvester's law of inertia from the Gram matrix. Raises TypeError for a
+        stack of matrices and for a triplet that knows only products with A.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from specpert import singular_triplet
+        >>> singular_triplet(np.diag([3.0, 2.0, 1.0])).count_above(1.5)
+        2
+        """
+        if self._e.ndim:
+            raise TypeError(f"expected a triplet of one matrix, got one of a stack {self.shape[:-2]}")
+        lower = float(lower) * 2.0 ** -float(self._e)
+        if self._svd is not None:
+            return int(self._xp.sum(self._xp.astype(self._svd[1] > lower, self._xp.int64)))
+        resolvent = self._resolvent()
+        solve = getattr(getattr(resolvent, "resolvent", resolvent), "solve", None)
+        if not isinstance(solve, CholeskySolver | EigenSolver):
+            raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
+        return solve.count(lower * lower) if lower >= 0 else min(self.shape)
 
     def __repr__(self) -> str:
         return (
