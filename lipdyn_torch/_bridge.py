@@ -16,10 +16,9 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 import specpert
-from specpert._solvers import Gram, largest
 
 __all__ = [
-    *("Pair", "Spectrum", "all_finite", "cluster_values", "hessian_diagonal", "hessian_pairing"),
+    *("Pair", "Spectrum", "all_finite", "cluster_values", "follow_spectrum", "hessian_diagonal", "hessian_pairing"),
     *("one_thread", "read_spectrum", "spectral_norm", "taylor"),
 ]
 
@@ -173,6 +172,25 @@ def read_spectrum(matrices: Tensor, known: Spectrum | None = None, rtol: float =
     return Spectrum(matrices, sigma, gap, triplet, group)
 
 
+@one_thread
+def follow_spectrum(matrices: Tensor, known: Spectrum) -> Spectrum:
+    """As `read_spectrum`, but with sigma alone: for a matrix so near the known one that its value is still the largest.
+
+    Examples
+    --------
+    >>> import torch
+    >>> before = read_spectrum(torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)))
+    >>> after = follow_spectrum(torch.tensor([[[3.0, 0.1], [0.0, 1.0]]], dtype=torch.float64), before)
+    >>> round(after.sigma, 12) == round(float(torch.linalg.matrix_norm(after.matrix, 2)), 12)
+    True
+    """
+    assert known.triplet is not None
+    if len(matrices) == 1 and all_finite(matrices):
+        with contextlib.suppress(specpert.ConvergenceError):
+            return Spectrum(matrices, float(known.triplet.follow(_array(matrices[0]))), math.nan, None)
+    return read_spectrum(matrices, known)
+
+
 def all_finite(a: Tensor) -> bool:
     """Whether all numbers are finite: a sum shows NaN and inf, and only where it does are they looked for."""
     return bool(a.sum().isfinite()) or bool(a.isfinite().all())
@@ -262,9 +280,7 @@ def _singular_values(matrices: Tensor) -> Tensor:
 
 @one_thread
 def spectral_norm(matrix: Tensor) -> float:
-    """``||matrix||_2``; on the CPU, from a smaller side of 64 on, by Lanczos and up to 1e-4 too large.
-
-    Scaling keeps tiny steps from underflow.
+    """``||matrix||_2``, for a large matrix by Lanczos and up to 1e-4 too large; NaN or inf where that is in it.
 
     Examples
     --------
@@ -274,20 +290,7 @@ def spectral_norm(matrix: Tensor) -> float:
     """
     if matrix.numel() == 0:
         return 0.0
-    scale = max(abs(float(end)) for end in torch.aminmax(matrix))
-    if scale == 0.0 or not math.isfinite(scale):
-        return scale
-    if 1e-10 < scale < 1e10:  # no need of a copy
-        scale, a = 1.0, matrix
-    else:
-        a = matrix / scale
-    if a.device.type == "cpu" and min(a.shape) >= 64:
-        single = a.float().numpy()
-        gram = Gram(single if single.shape[0] <= single.shape[1] else single.T)
-        start = np.random.default_rng(0).standard_normal((len(gram.B), 1))  # not the global state, which is the user's
-        with contextlib.suppress(specpert.ConvergenceError):
-            u = largest(gram, start.astype(np.float32), 1e-4)
-            v = gram.Ba @ u
-            size = float(np.linalg.norm(v))
-            return scale * (size + float(np.linalg.norm(gram.B @ v / size - size * u))) * (1 + 1e-6)
-    return scale * float(_singular_values(a)[0])
+    try:
+        return float(specpert.spectral_norm(_array(matrix), rtol=1e-4))
+    except specpert.NonFiniteError:
+        return math.nan

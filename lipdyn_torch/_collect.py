@@ -67,9 +67,9 @@ class Caught:
         single_on_device = self.spectrum.matrices.is_cuda and self.eps < 1e-3
         return max(self.eps**0.5, 5e-3 if single_on_device and self.eps > 1e-10 else 0.0)
 
-    def unexplained(self) -> bool:
-        """After the step: whether the optimiser did something else than its formula says."""
-        return any(not response.explains(old, self.watch.values[i]) for i, (old, response) in self.before.items())
+    def unexplained(self, values: Sequence[Tensor]) -> bool:
+        """Whether the optimiser did something else than its formula says to get the parameters to these values."""
+        return any(not response.explains(old, values[i]) for i, (old, response) in self.before.items())
 
 
 def collect(

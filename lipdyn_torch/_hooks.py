@@ -115,6 +115,11 @@ class Watch:
             self._read(self.spectrum)
         return not same
 
+    def look(self) -> tuple[list[Tensor], Tensor]:
+        """The parameters and the weight (g, m, n) as they are now; what is remembered stays as it is."""
+        values = [whole(p) for p in self.parameters]
+        return values, self._matrices(values)
+
     def cleared(self) -> bool:
         """Whether the gradients are gone, though contributions to them were caught."""
         return all(p.grad is None or not bool(full(p.grad).any()) for p in self.parameters if p.requires_grad)

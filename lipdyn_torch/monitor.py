@@ -365,9 +365,8 @@ class LipschitzMonitor:
     @one_thread
     @_full_precision
     def _write(self, measurements: list[Measurement]) -> None:
-        for watch in self._watches:
-            watch.refresh()
-        rows = [m.complete(m.caught.watch.spectrum) for m in measurements]
+        next_too = self._schedule.period == 1  # where it is not, or not sure, the next reading may find the spectrum
+        rows = [m.complete(keep=next_too) for m in measurements]
         rows.append(network_row(measurements))
         rows = [{"step": self._step, **row} for row in rows]
         self.history.extend(rows)

@@ -4,6 +4,7 @@ from specpert.certificate import Enclosure, kato_temple
 from specpert.derivative import sigma_derivative, sigma_gradient, sigma_hessian
 from specpert.hessian import SigmaHessian
 from specpert.ito import ItoCoefficients, sigma_ito, spectral_ito
+from specpert.norm import spectral_norm
 from specpert.onesided import OneSided, isolating_cluster, one_sided_derivatives
 from specpert.result import (
     ConvergenceError,
@@ -44,6 +45,7 @@ __all__ = [
     "sigma_series",
     "singular_triplet",
     "spectral_ito",
+    "spectral_norm",
 ]
 
 __version__ = "0.1.0"

@@ -50,7 +50,8 @@ class SmallSideResolvent:
     Eliminating y = (g + A^* x) / sigma from sigma x - A y = f, sigma y - A^* x = g leaves
     (sigma^2 I - K) x = sigma f + A g, which `solve` answers on the complement of u. With `mirrored` it is the resolvent
     of the adjoint: K is then A^* A. For a cluster u (m, c), v (n, c) and sigma (c,), and column j has its own sigma_j;
-    for one value any number of columns. `matrix` is A (with `mirrored` A^*) where it is known, in the precision of forms.
+    for one value any number of columns. `matrix` is A (with `mirrored` A^*) in the precision of forms, where it is
+    known.
     """
 
     def __init__(
@@ -97,7 +98,9 @@ class SmallSideResolvent:
         r = self.apply(g.T).T if self.matrix is None else g @ self.matrix.T
         r = r + float(self.sigma[0]) * f
         r -= (r @ u.conj().T) @ u
-        return np.asarray((np.einsum("ij,ij->i", g, g.conj()).real + self.solve.form(r.T)) / self.sigma, self.sigma.dtype)
+        return np.asarray(
+            (np.einsum("ij,ij->i", g, g.conj()).real + self.solve.form(r.T)) / self.sigma, self.sigma.dtype
+        )
 
     def diagonal_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of one value: diagonals (m,) and (n,) of the blocks L and R, and the block C (m, n) (theory 1.3)."""

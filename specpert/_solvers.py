@@ -131,7 +131,7 @@ class EigenSolver:
         return np.asarray(np.sum(self.weights * square(self.X.conj().T @ b), axis=0))
 
 
-class _Close(Exception):
+class _TooCloseError(Exception):
     """The top value is too close to the next one for the precision at hand."""
 
 
@@ -148,15 +148,16 @@ def isolated_top(
     """
     full = gram.B.dtype
     single = np.dtype(np.complex64 if np.issubdtype(full, np.complexfloating) else np.float32)
-    cheap = rtol > _SINGLE_ERROR * float(np.finfo(single).eps)
+    cheap = rtol > _SINGLE_ERROR * float(np.finfo(np.float32).eps)
     for dtype in (single, full) if cheap else (full,):
         B, K = gram.matrix(dtype)
         product = gram if dtype == single else K.__matmul__
-        for guess in (lambda: start, lambda: _lanczos_top(product, len(K), full)):
+        for attempt in ("start", "Lanczos"):
             try:
-                if (a := guess()) is not None:
+                a = start if attempt == "start" else _lanczos_top(product, len(K), full)
+                if a is not None:
                     return *_polished(gram, K, a, rtol), B
-            except _Close:
+            except _TooCloseError:
                 break
             except (ConvergenceError, np.linalg.LinAlgError):
                 continue
@@ -165,9 +166,7 @@ def isolated_top(
     return w[::-1], u, CholeskySolver(K, u, float(w[1]), gram), B
 
 
-def _polished(
-    gram: Gram, K: np.ndarray, a: np.ndarray, rtol: float
-) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
+def _polished(gram: Gram, K: np.ndarray, a: np.ndarray, rtol: float) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
     """As `isolated_top`, from a vector that must be near; raises numpy.linalg.LinAlgError where it is not."""
     rounding = float(np.finfo(a.dtype).eps)
     theta, residual = _rayleigh(gram, a)
@@ -191,11 +190,34 @@ def _polished(
     if theta - second <= 10 * error:  # so close that the estimate would decide whether it is a tie
         raise np.linalg.LinAlgError("the next value is not known well enough")
     if K.dtype != a.dtype and rtol * (theta - second) < _SINGLE_ERROR * float(np.finfo(K.dtype).eps) * theta:
-        raise _Close
+        raise _TooCloseError
     if theta * drift**2 > max(64 * rounding, rtol / 8) * (theta - second):  # the shift was not yet that of the vector
         solver = CholeskySolver(K, u, theta, gram)
     solver.a, solver.theta = u, theta
     return np.array([theta, second]), u, solver
+
+
+def followed(gram: Gram, u: np.ndarray, solver: Solver, gap: float) -> np.ndarray:
+    """The top vector (r, 1) of a K near that of the solver, so exact that its Rayleigh quotient has full accuracy.
+
+    By Davidson's method from that K's own vector u (r, 1): the residual, solved with the old K, is what the new vector
+    lacks but for a factor of the order of the change to the gap, which is that between the values of K.
+    """
+    basis, images = u, gram(u)
+    rounding = float(np.finfo(u.dtype).eps)
+    for _ in range(24):
+        w, S = np.linalg.eigh(basis.conj().T @ images)
+        theta, x = float(w[-1]), basis @ S[:, -1:]
+        residual = images @ S[:, -1:] - theta * x
+        # the error of the quotient is the square of that of the vector
+        if float(np.linalg.norm(residual)) <= 0.1 * np.sqrt(rounding * theta * gap):
+            return np.asarray(x / np.linalg.norm(x))
+        new = solver.rough(residual)
+        for _ in range(2):  # twice is enough
+            new = new - basis @ (basis.conj().T @ new)
+            new = new / np.linalg.norm(new)
+        basis, images = np.hstack([basis, new]), np.hstack([images, gram(new)])
+    raise ConvergenceError("expected a matrix nearby, got one whose top singular vector is far from the known one")
 
 
 def _rayleigh(gram: Gram, u: np.ndarray) -> tuple[float, np.ndarray]:
@@ -222,7 +244,9 @@ def _next_value(gram: Gram, u: np.ndarray, solver: CholeskySolver, rtol: float) 
 
     start = outside(np.random.default_rng(1).standard_normal(u.shape).astype(u.dtype))
     x = largest(lambda x: outside(solver.rough(outside(x))), start, rtol)
-    x = outside(solver(x, rounds=1))  # takes off what is far below, which the inverse hardly sees, and the rounding of its factor
+    x = outside(
+        solver(x, rounds=1)
+    )  # takes off what is far below, which the inverse hardly sees, and the rounding of its factor
     x = x / np.linalg.norm(x)
     value, residual = _rayleigh(gram, x)
     error = float(np.linalg.norm(residual))
@@ -274,9 +298,7 @@ class IterativeSolver:
     complement the matrix is positive definite for every k. Residuals of the solves are kept for the certificate.
     """
 
-    def __init__(
-        self, gram: Product, X: np.ndarray, w: np.ndarray, index: int, sigma: float
-    ) -> None:
+    def __init__(self, gram: Product, X: np.ndarray, w: np.ndarray, index: int, sigma: float) -> None:
         self.gram, self.X, self.w, self.sigma = gram, X, w, sigma
         self.index = index
         self.residuals: list[float] = []
@@ -341,9 +363,7 @@ def top_of_gram(
     return w, X, min(upper, float(w[-1]))
 
 
-def _next_of_gram(
-    gram: Product, size: int, w: np.ndarray, X: np.ndarray, dtype: Any
-) -> tuple[np.ndarray, float]:
+def _next_of_gram(gram: Product, size: int, w: np.ndarray, X: np.ndarray, dtype: Any) -> tuple[np.ndarray, float]:
     """Vector and upper estimate of the largest eigenvalue of K on the complement of X."""
 
     def deflated(x: np.ndarray) -> np.ndarray:

@@ -37,7 +37,16 @@ from specpert._checks import check_direction, check_indices
 from specpert._isolation import isolation
 from specpert._operators import Operator, as_operator, is_operator
 from specpert._resolvent import HostResolvent, Resolvent, SmallSideResolvent, from_thin_svd
-from specpert._solvers import CholeskySolver, EigenSolver, Gram, IterativeSolver, Solver, isolated_top, top_of_gram
+from specpert._solvers import (
+    CholeskySolver,
+    EigenSolver,
+    Gram,
+    IterativeSolver,
+    Solver,
+    followed,
+    isolated_top,
+    top_of_gram,
+)
 from specpert.result import (
     ConvergenceError,
     NonFiniteError,
@@ -183,6 +192,47 @@ class SingularTriplet:
         if not isinstance(solve, CholeskySolver | EigenSolver):
             raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
         return solve.count(lower * lower) if lower >= 0 else min(self.shape)
+
+    def follow(self, A: Any) -> Array:
+        """The largest singular value of a matrix nearby, for a triplet of one dense matrix with k = 0.
+
+        Where the triplet comes from a Gram matrix, a few products with A and solves with the factor there is find it to
+        full accuracy, without a decomposition of A. It is the largest value for sure while 2 ||A - A_0||_2 < gap, with
+        A_0 the triplet's own matrix.
+
+        Parameters
+        ----------
+        A : array, shape (m, n)
+
+        Raises
+        ------
+        ConvergenceError
+            A is too far away.
+        NonFiniteError, TypeError, ValueError
+            A is not a finite matrix of the triplet's shape, or the triplet is of another kind.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from specpert import singular_triplet
+        >>> A, H = np.diag([3.0, 1.0]), np.array([[0.1, 0.2], [0.0, -0.1]])
+        >>> bool(np.isclose(singular_triplet(A).follow(A + H), np.linalg.norm(A + H, 2), rtol=1e-15))
+        True
+        """
+        xp, (_, A) = as_arrays(self._P0, A, names=["the triplet", "A"])
+        if self.k != 0 or A.ndim != 2 or tuple(A.shape) != tuple(self.shape):
+            raise ValueError(f"expected k = 0 and A of shape {tuple(self.shape)}, got k = {self.k}, {tuple(A.shape)}")
+        check_matrix(A, "A", xp)
+        view, resolvent = host_view(A), self._resolvent()
+        small = getattr(resolvent, "resolvent", resolvent)
+        if view is None or not isinstance(small, SmallSideResolvent):
+            return self._result(xp.linalg.matrix_norm(A, ord=2))
+        scale = 2.0 ** float(self._e)
+        wide = view.T if small.mirrored else view
+        gram = Gram((wide.conj() if small.mirrored else wide).astype(small.u.dtype, copy=False) / scale)
+        gap = float(self._gap[..., 0]) * float(small.sigma[0])
+        v = gram.Ba @ followed(gram, small.u, small.solve, gap)
+        return self._result(array(float(np.linalg.norm(v)) * scale, self._values, xp))
 
     def __repr__(self) -> str:
         return (

@@ -1,0 +1,544 @@
+"""Whatever is used in training, it goes on bit by bit as if there were no monitor, and nothing piles up."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import random
+import tracemalloc
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lipdyn_torch import LipschitzMonitor
+from lipdyn_torch.layers import LayerRule, register_rule
+from lipdyn_torch.low_rank import LowRankSumRule
+from lipdyn_torch.reference import MeanGradient
+
+STEPS = 4
+
+
+def bits(value: Any) -> Any:
+    """What two equal values share and no others do: NaN equals itself, 0 is not -0, layout and type count."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    value = value.detach()
+    if value.is_sparse:
+        return "sparse", value.shape, value.is_coalesced(), bits(value._indices()), bits(value._values())
+    raw = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return value.dtype, value.shape, value.stride(), value.requires_grad, raw
+
+
+def leaves(label: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The bits of everything in nested containers."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(f"{label}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from leaves(f"{label}[{index}]", item)
+    else:
+        yield label, bits(value)
+
+
+class Run:
+    """One training, watched if there are settings, and the bits of all that must not depend on it."""
+
+    def __init__(self, settings: dict[str, Any] | None) -> None:
+        self.settings = settings
+        self.monitors: list[LipschitzMonitor] = []
+        self.bits: list[tuple[str, Any]] = []
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)  # noqa: NPY002  (the global state is what must stay)
+
+    def watch(self, model: nn.Module, optimizer: Optimizer, **more: Any) -> None:
+        self.model, self.optimizer = model, optimizer
+        if self.settings is not None:
+            self.monitors.append(LipschitzMonitor(model, optimizer, **{**self.settings, **more}))
+
+    def see(self, label: str, value: Any) -> None:
+        self.bits += leaves(label, value)
+
+    def note(self, loss: Any) -> None:
+        """After a step: all there is."""
+        self.see("loss", loss)
+        self.see("model", dict(self.model.state_dict()))
+        self.see("grad", {name: p.grad for name, p in self.model.named_parameters()})
+        self.see("buffer", dict(self.model.named_buffers()))
+        self.see("optimizer", self.optimizer.state_dict())
+        self.see("generators", [torch.get_rng_state(), random.getstate(), np.random.get_state()])  # noqa: NPY002
+        self.see("mode", [module.training for module in self.model.modules()])
+
+    def differences(self, other: Run) -> list[str]:
+        assert [label for label, _ in self.bits] == [label for label, _ in other.bits]
+        return [label for (label, a), (_, b) in zip(self.bits, other.bits, strict=True) if a != b]
+
+
+def vectors(samples: int = 6) -> tuple[Tensor, Tensor]:
+    """A batch from the global generator: a number drawn too many would show."""
+    return torch.randn(samples, 6), torch.randint(3, (samples,))
+
+
+def sequences(samples: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randn(samples, 4, 6), torch.randint(3, (samples,))
+
+
+def indices(samples: int = 5) -> tuple[Tensor, Tensor]:
+    return torch.randint(7, (samples, 4)), torch.randint(3, (samples,))
+
+
+def mlp(*middle: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), *(middle or (nn.Tanh(), nn.Dropout(0.2))), nn.Linear(8, 3))
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def adamw(model: nn.Module) -> Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def nothing() -> None:
+    return None
+
+
+def train(
+    run: Run,
+    model: nn.Module,
+    optimizer: Optimizer,
+    draw: Callable[[], tuple[Tensor, Tensor]] = vectors,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    before: Callable[[], Any] = nothing,
+    after_backward: Callable[[], Any] = nothing,
+    set_to_none: bool = True,
+) -> None:
+    """The plain loop, with room for what a feature adds to it."""
+    for _ in range(STEPS):
+        before()
+        x, y = draw()
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss = functional.cross_entropy((forward or model)(x), y)
+        loss.backward()
+        after_backward()
+        optimizer.step()
+        run.note(loss)
+
+
+def watched(run: Run, make: Callable[[], nn.Module], optimiser: Callable[[nn.Module], Optimizer], **loop: Any) -> None:
+    """A feature that is nothing but a model, an optimiser, and settings of the loop."""
+    model = make()
+    optimizer = optimiser(model)
+    run.watch(model, optimizer)
+    train(run, model, optimizer, **loop)
+
+
+# --- the features: each trains a few steps and notes what it has come to ---------------------------------------
+
+
+def autocast(run: Run, dtype: torch.dtype, make: Callable[[nn.Module], Optimizer] = sgd) -> None:
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return model(x)
+
+    model = mlp()
+    optimizer = make(model)
+    run.watch(model, optimizer)
+    train(run, model, optimizer, forward=forward)
+
+
+def scaler(run: Run, dtype: torch.dtype, optimiser: Callable[[nn.Module], Optimizer], unscale: bool) -> None:
+    """The second gradient is infinite, and the scaler leaves that step out."""
+    model = mlp()
+    optimizer = optimiser(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    run.watch(model, optimizer)
+    for step in range(STEPS):
+        x, y = vectors()
+        optimizer.zero_grad(set_to_none=step % 2 == 0)
+        with torch.autocast("cpu", dtype=dtype):
+            loss = functional.cross_entropy(model(x), y) * (math.inf if step == 1 else 1.0)
+        scaler.scale(loss).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        weight = model[0].weight.detach().clone()
+        scaler.step(optimizer)
+        assert torch.equal(weight, model[0].weight) == (step == 1)
+        scaler.update()
+        run.see("scaler", scaler.state_dict())
+        run.note(loss)
+
+
+def accumulation(run: Run) -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    run.watch(model, optimizer)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        for samples in (4, 4, 3):
+            x, y = vectors(samples)
+            loss = functional.cross_entropy(model(x), y) / 3
+            loss.backward()
+            run.see("micro-batch", [loss, *(p.grad for p in model.parameters())])
+        optimizer.step()
+        run.note(loss)
+
+
+def checkpointed(run: Run, reentrant: bool) -> None:
+    def forward(x: Tensor) -> Tensor:
+        x = checkpoint(model[:3], x.requires_grad_(), use_reentrant=reentrant)
+        return checkpoint(model[3:], x, use_reentrant=reentrant)
+
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.Dropout(0.3), nn.Linear(8, 3))
+    optimizer = sgd(model)
+    run.watch(model, optimizer)
+    train(run, model, optimizer, forward=forward)
+
+
+def closure(run: Run, optimiser: Callable[[nn.Module], Optimizer]) -> None:
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        run.see("evaluation", [loss, *(p.grad for p in model.parameters())])
+        return loss
+
+    model = mlp()
+    optimizer = optimiser(model)
+    run.watch(model, optimizer)
+    for _ in range(STEPS):
+        x, y = vectors()
+        loss: Any = optimizer.step(evaluate)
+        run.note(loss)
+
+
+def compiled(run: Run, fullgraph: bool, every: tuple[int, ...] = (2,)) -> None:
+    """Measured steps run uncompiled, the others must not: the backend counts its calls."""
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            calls.append(len(run.bits))
+            return graph.forward(*args)
+
+        return call
+
+    torch.compiler.reset()
+    model = mlp(nn.Tanh())
+    optimizer = sgd(model)
+    wrapped = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    for period in every:
+        run.watch(wrapped, optimizer, every=period)
+    run.model = model
+    called = []
+    for _ in range(STEPS):
+        x, y = vectors()
+        optimizer.zero_grad()
+        calls.clear()
+        loss = functional.cross_entropy(wrapped(x), y)
+        called.append(bool(calls))
+        loss.backward()
+        optimizer.step()
+        run.note(loss)
+    plain = not run.monitors
+    assert called == [plain or all(step % period for period in every) for step in range(STEPS)]
+
+
+def evaluation(run: Run) -> None:
+    def look() -> None:
+        x, _ = vectors()
+        model.eval()
+        with torch.no_grad():
+            run.see("no_grad", model(x))
+        with torch.inference_mode():
+            run.see("inference", model(x).clone())
+        run.see("discarded", model(x))
+        model.train()
+        with torch.no_grad():
+            run.see("training mode", model(x))  # moves buffers, draws numbers
+
+    model = mlp(nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
+    optimizer = sgd(model)
+    run.watch(model, optimizer)
+    train(run, model, optimizer, before=look)
+
+
+def batch_norm() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 2, padding=1), nn.BatchNorm1d(4), nn.ReLU(inplace=True)),
+        *(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.Dropout(0.1, inplace=True), nn.Linear(8, 3)),
+    )
+
+
+class InPlace(nn.Module):
+    """Activations and sums written over the outputs of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu_(self.a(x))
+        y = self.b(x)
+        y += x
+        y[:, :2].mul_(0.5)
+        return self.c(functional.leaky_relu_(y)).div_(2.0)
+
+
+class Tied(nn.Module):
+    """One layer used twice, its weight used by another, and a frozen layer below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.idle = nn.Linear(6, 6)  # no gradient reaches it
+        self.frozen.requires_grad_(False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(torch.tanh(self.a(torch.tanh(self.a(self.frozen(x)))))))
+
+
+def groups(model: Any) -> Optimizer:
+    body = [model.a.weight, model.a.bias, model.b.bias, *model.frozen.parameters(), *model.idle.parameters()]
+    heads = {"params": list(model.head.parameters()), "lr": 0.01, "weight_decay": 0.1}
+    return torch.optim.SGD([{"params": body, "momentum": 0.9, "nesterov": True}, heads], lr=0.05)
+
+
+def two_monitors(run: Run) -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    run.watch(model, optimizer)
+    run.watch(model, optimizer, every=2, noise="split")
+    train(run, model, optimizer)
+
+
+def clipped(run: Run, by_value: bool) -> None:
+    def clip() -> None:
+        if by_value:
+            nn.utils.clip_grad_value_(model[0].parameters(), 1e-2)
+        else:
+            run.see("norm", nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+
+    model = mlp()
+    optimizer = sgd(model)
+    run.watch(model, optimizer)
+    train(run, model, optimizer, after_backward=clip)
+
+
+class Own(nn.Module):
+    """No rule: the fallback runs it again, and must not draw numbers, move the buffer or reach the gradients."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.mix, self.shift = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4))
+        self.drop = nn.Dropout(dropout)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.drop(torch.tanh(x @ self.mix + self.shift))
+
+
+class OwnWithRule(Own):
+    pass
+
+
+class OwnRule(LayerRule):
+    parameter = "mix"
+
+    def per_sample(self, module: Any, x: Tensor, delta: Tensor, block: Any) -> Iterator[Tensor]:
+        x, delta = x.double(), delta.double()
+        slope = 1.0 - torch.tanh(x @ module.mix.double() + module.shift.double()).square()
+        yield torch.einsum("ia,ib->iab", x, delta * slope).detach()
+
+
+register_rule(OwnWithRule, OwnRule())
+
+
+class LowRank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 3)
+        self.base.requires_grad_(False)
+        self.up, self.down = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.7 * x @ self.down.T @ self.up.T
+
+
+register_rule(LowRank, LowRankSumRule("base.weight", "up", "down", 0.7))
+
+
+class Attention(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(6, 2, dropout=dropout), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        return self.head(self.attention(x, x, x)[0].mean(0))
+
+
+class Encoder(nn.Module):
+    """A transformer's layer, and beside the training a look at what it says when no gradient is asked for."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=dropout, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.head(self.layer(x, src_key_padding_mask=mask).mean(1))
+
+
+class Text(nn.Module):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 6, padding_idx=2, **settings), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x).mean(1))
+
+
+def plain_sgd(model: nn.Module) -> Optimizer:
+    """Without momentum: what sparse gradients allow."""
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def nan_loss(run: Run) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    run.watch(model, optimizer)
+    for step in range(STEPS):
+        x, y = vectors()
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), y) * (math.nan if step == 2 else 1.0)
+        loss.backward()
+        optimizer.step()
+        run.note(loss)
+        assert bool(model[0].weight.isnan().any()) == (step >= 2)
+
+
+def gradient_penalty(run: Run) -> None:
+    """A backward pass through a backward pass."""
+    model = mlp(nn.Tanh())
+    optimizer = sgd(model)
+    run.watch(model, optimizer)
+    for _ in range(STEPS):
+        x, y = vectors()
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x.requires_grad_()), y)
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        loss = loss + slope.square().sum()
+        loss.backward()
+        optimizer.step()
+        run.note([loss, slope])
+
+
+def reference(run: Run, kind: str) -> None:
+    """The model runs on other data in between: with dropout, with moving buffers, with a loader that shuffles."""
+    generator = torch.Generator().manual_seed(3)
+    data = TensorDataset(torch.randn(12, 6, generator=generator), torch.randint(3, (12,), generator=generator))
+    loader = DataLoader(data, batch_size=4, shuffle=True)
+    mean = MeanGradient(loader, lambda model, batch: functional.cross_entropy(model(batch[0]), batch[1]), kind)
+    model = mlp(nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2))
+    optimizer = sgd(model)
+    run.watch(model, optimizer, reference=mean)
+    train(run, model, optimizer)
+
+
+def fused(model: nn.Module) -> Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+
+
+def lbfgs(model: nn.Module) -> Optimizer:
+    return torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3, line_search_fn="strong_wolfe")
+
+
+BF16, FP16 = torch.bfloat16, torch.float16
+FEATURES: dict[str, Callable[[Run], None]] = {
+    "autocast-bf16": partial(autocast, dtype=BF16),
+    "autocast-bf16-adamw": partial(autocast, dtype=BF16, make=adamw),
+    "scaler-fp16": partial(scaler, dtype=FP16, optimiser=sgd, unscale=False),
+    "scaler-bf16-clipped": partial(scaler, dtype=BF16, optimiser=adamw, unscale=True),
+    "scaler-fused": partial(scaler, dtype=FP16, optimiser=fused, unscale=False),
+    "accumulation": accumulation,
+    "checkpoint-reentrant": partial(checkpointed, reentrant=True),
+    "checkpoint": partial(checkpointed, reentrant=False),
+    "closure-lbfgs": partial(closure, optimiser=lbfgs),
+    "closure-adamw": partial(closure, optimiser=adamw),
+    "compile": partial(compiled, fullgraph=False),
+    "compile-fullgraph": partial(compiled, fullgraph=True),
+    "compile-two-monitors": partial(compiled, fullgraph=False, every=(2, 3)),
+    "compile-two-monitors-other-order": partial(compiled, fullgraph=False, every=(3, 2)),
+    "evaluation": evaluation,
+    "batch-norm": partial(watched, make=batch_norm, optimiser=sgd),
+    "in-place": partial(watched, make=InPlace, optimiser=sgd),
+    "gradients-to-none": partial(watched, make=Tied, optimiser=groups, set_to_none=True),
+    "gradients-to-zero": partial(watched, make=Tied, optimiser=groups, set_to_none=False),
+    "two-monitors": two_monitors,
+    "clipped-by-norm": partial(clipped, by_value=False),
+    "clipped-by-value": partial(clipped, by_value=True),
+    "own-rule": partial(watched, make=lambda: nn.Sequential(OwnWithRule(), nn.Linear(4, 3)), optimiser=adamw),
+    "fallback": partial(watched, make=lambda: nn.Sequential(Own(), nn.Linear(4, 3)), optimiser=sgd),
+    "fallback-random": partial(watched, make=lambda: nn.Sequential(Own(0.2), nn.Linear(4, 3)), optimiser=sgd),
+    "attention": partial(watched, make=partial(Attention, 0.0), optimiser=adamw, draw=sequences),
+    "attention-dropout": partial(watched, make=partial(Attention, 0.1), optimiser=sgd, draw=sequences),
+    "transformer": partial(watched, make=partial(Encoder, 0.0), optimiser=sgd, draw=sequences),
+    "transformer-dropout": partial(watched, make=partial(Encoder, 0.1), optimiser=adamw, draw=sequences),
+    "embedding": partial(watched, make=Text, optimiser=adamw, draw=indices),
+    "embedding-sparse": partial(watched, make=partial(Text, sparse=True), optimiser=plain_sgd, draw=indices),
+    "low-rank-sum": partial(watched, make=LowRank, optimiser=adamw),
+    "nan-loss": nan_loss,
+    "gradient-penalty": gradient_penalty,
+    "reference-full": partial(reference, kind="full"),
+    "reference-independent": partial(reference, kind="independent"),
+}
+#: Rows without noise terms, each for a reason its status gives; all others must have been measured in earnest.
+NO_FORCES = {"closure-lbfgs", "gradient-penalty"}
+MODES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "split": {"noise": "split"},
+    "third": {"every": 3, "noise": "split"},
+    "auto": {"every": "auto"},
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_bitwise_as_without_the_monitor(feature: str, mode: str) -> None:
+    settings = MODES[mode]
+    plain, seen = Run(None), None
+    FEATURES[feature](plain)
+    seen = Run(settings)
+    try:
+        FEATURES[feature](seen)
+    finally:
+        for monitor in seen.monitors:
+            monitor.close()
+    assert seen.differences(plain) == []
+    steps = [value for label, value in plain.bits if label.startswith("model.")]
+    assert len(set(steps)) > len(steps) / STEPS  # the training went somewhere
+    for monitor in seen.monitors:
+        every = monitor.history.meta["every"]
+        expected = list(range(0, STEPS, 2 if every == "auto" else every))
+        measured = monitor.history.steps
+        # a step that was skipped unmeasured does not count
+        assert measured == expected or (feature.startswith("scaler") and measured == expected[: len(measured)] != [])
+        rows = monitor.history.rows
+        assert any(math.isfinite(row["kappa"]) for row in rows) == (feature not in NO_FORCES)

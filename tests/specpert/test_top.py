@@ -1,0 +1,142 @@
+"""The largest value of one large matrix: in single precision where that is enough, counted, followed, and alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import with_spectrum
+
+from specpert import (
+    ConvergenceError,
+    NonFiniteError,
+    SigmaHessian,
+    sigma_series,
+    singular_triplet,
+    spectral_norm,
+)
+
+
+def step(shape, complex_, size, seed=1):
+    rng = np.random.default_rng([seed, *shape])
+    H = rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if complex_ else 0)
+    return size * H / np.linalg.norm(H, 2)
+
+
+def matrix(shape, complex_, gap, rng=0):
+    r = min(shape)
+    s = np.append([1.0], np.linspace(1.0 - gap, 0.1, r - 1))
+    A = with_spectrum(np.random.default_rng(rng), *shape, s)
+    if not complex_:
+        return A
+    phases = np.exp(1j * np.random.default_rng(rng).uniform(0, 6, shape[0]))
+    return phases[:, None] * A
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(256, 300), (300, 260)], ids=str)
+@pytest.mark.parametrize("gap", [1e-1, 1e-2, 2e-4, 1e-5])
+@pytest.mark.parametrize("rtol", [1e-3, 3e-5, 1e-7])
+def test_forms_in_single_precision(shape, complex_, gap, rtol):
+    """Forms and diagonal keep to rtol; everything else is as without; a gap too small is seen."""
+    A, H = matrix(shape, complex_, gap), step(shape, complex_, 1.0)
+    svd = singular_triplet(A, method="svd")
+    for v0 in (None, svd.v + 0.1 * gap * H[0].real):
+        rough = singular_triplet(A, v0=v0, rtol=rtol)
+        single = rough._resolvent().matrix.dtype.itemsize < A.dtype.itemsize
+        assert single == (rtol > 1e-6 and gap * rtol > 3e-8)
+        assert math.isclose(rough.sigma, svd.sigma, rel_tol=1e-14)
+        assert abs(np.vdot(rough.v, svd.v)) > 1 - 1e-10
+        assert (1 - max(rtol, 1e-5)) * svd.gap <= rough.gap <= (1 + 1e-6) * svd.gap
+        found, expected = (sigma_series(t, 0.1 * gap * H, 6).coefficients for t in (rough, svd))
+        np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-15 / gap)
+        G = np.stack([H, step(shape, complex_, 1.0, seed=2)])
+        form, truth = (SigmaHessian(t).quadratic(G) for t in (rough, svd))
+        np.testing.assert_allclose(form, truth, rtol=rtol)
+        diagonal, exact = (SigmaHessian(t).diagonal() for t in (rough, svd))
+        np.testing.assert_allclose(diagonal, exact, rtol=0, atol=rtol * np.abs(exact).max())
+
+
+def test_rtol_is_checked():
+    with pytest.raises(ValueError, match="0 <= rtol < 1"):
+        singular_triplet(np.eye(3), rtol=1.0)
+    with pytest.raises(ValueError, match="0 <= rtol < 1"):
+        spectral_norm(np.eye(3), rtol=-1e-3)
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(6, 9), (80, 70), (256, 300)], ids=str)
+@pytest.mark.parametrize("rtol", [0.0, 1e-4])
+@pytest.mark.parametrize("scale", [1.0, 1e-150])
+def test_count_above(shape, complex_, rtol, scale):
+    A = scale * matrix(shape, complex_, 1e-2)
+    s = np.linalg.svd(A, compute_uv=False)
+    triplet = singular_triplet(A, rtol=rtol)
+    for k in (0, 1, 3, len(s) // 2, len(s) - 2):
+        assert triplet.count_above((s[k] + s[k + 1]) / 2) == k + 1
+    assert triplet.count_above(2 * s[0]) == 0
+    assert triplet.count_above(0.0) == triplet.count_above(-1.0) == len(s)
+
+
+def test_count_above_needs_one_decomposed_matrix():
+    with pytest.raises(TypeError, match="one matrix"):
+        singular_triplet(np.stack([np.diag([2.0, 1.0])] * 2)).count_above(1.0)
+    with pytest.raises(TypeError, match="dense"):
+        singular_triplet(matrix((60, 70), False, 0.1), method="lanczos").count_above(1.0)
+    kept = singular_triplet(torch.as_tensor(matrix((70, 80), False, 0.1)))
+    assert kept.count_above(0.99) == 1
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(9, 6), (70, 80), (300, 260)], ids=str)
+@pytest.mark.parametrize("eps", [0.0, 0.3, 0.99])
+@pytest.mark.parametrize("rtol", [0.0, 1e-3])
+def test_follow(shape, complex_, eps, rtol):
+    """While eps < 1 the value that is followed is the largest, to the last digits."""
+    A, gap = matrix(shape, complex_, 1e-2), 1e-2
+    triplet = singular_triplet(1e-30 * A, rtol=rtol)
+    for seed in range(2):
+        moved = A + step(shape, complex_, eps * gap / 2, seed)
+        truth = 1e-30 * np.linalg.norm(moved, 2)
+        assert math.isclose(triplet.follow(1e-30 * moved), truth, rel_tol=1e-14)
+    if not complex_:
+        on_torch = singular_triplet(torch.as_tensor(A), rtol=rtol)
+        assert math.isclose(float(on_torch.follow(torch.as_tensor(moved))), 1e30 * truth, rel_tol=1e-14)
+
+
+def test_follow_what_cannot_be_followed():
+    A = matrix((256, 300), False, 1e-2)
+    triplet = singular_triplet(A)
+    with pytest.raises(ConvergenceError, match="nearby"):
+        triplet.follow(matrix((256, 300), False, 1e-4, rng=7))
+    with pytest.raises(ValueError, match="shape"):
+        triplet.follow(A.T)
+    with pytest.raises(ValueError, match="k = 1"):
+        singular_triplet(A, k=1).follow(A)
+    with pytest.raises(NonFiniteError):
+        triplet.follow(np.full_like(A, np.nan))
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (64, 64), (80, 300), (300, 80)], ids=str)
+@pytest.mark.parametrize("rtol", [0.0, 1e-8, 1e-3, 0.1])
+@pytest.mark.parametrize("scale", [1e-250, 1e250])
+def test_spectral_norm(shape, complex_, rtol, scale):
+    for gap in (0.5, 1e-6):
+        A = matrix(shape, complex_, gap)
+        found = spectral_norm(scale * A, rtol=rtol)
+        assert 1 - 1e-14 <= found / scale <= 1 + rtol + 1e-14
+        if not complex_:
+            there = spectral_norm(torch.as_tensor(scale * A), rtol=rtol)
+            assert isinstance(there, torch.Tensor)
+            assert math.isclose(float(there), found, rel_tol=1e-14)
+
+
+def test_spectral_norm_of_unusual_matrices():
+    assert spectral_norm(np.zeros((70, 80)), rtol=1e-3) == 0.0
+    np.testing.assert_allclose(spectral_norm(np.stack([np.eye(70), 2 * np.eye(70)]), rtol=1e-3), [1.0, 2.0])
+    assert spectral_norm(np.eye(100, dtype=np.float32), rtol=1e-3).dtype == np.float32
+    ones = np.ones((100, 90))  # of rank one: Lanczos ends after one step
+    assert math.isclose(spectral_norm(ones, rtol=1e-3), math.sqrt(9000.0), rel_tol=1e-5)
+    with pytest.raises(NonFiniteError):
+        spectral_norm(np.full((70, 80), np.inf))
