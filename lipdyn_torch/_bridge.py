@@ -280,7 +280,7 @@ def _singular_values(matrices: Tensor) -> Tensor:
 
 @one_thread
 def spectral_norm(matrix: Tensor) -> float:
-    """``||matrix||_2``, for a large matrix by Lanczos and up to 1e-4 too large; NaN or inf where that is in it.
+    """``||matrix||_2``, for a large matrix by Lanczos and up to 3e-4 too large; NaN or inf where that is in it.
 
     Examples
     --------
@@ -291,6 +291,6 @@ def spectral_norm(matrix: Tensor) -> float:
     if matrix.numel() == 0:
         return 0.0
     try:
-        return float(specpert.spectral_norm(_array(matrix), rtol=1e-4))
+        return float(specpert.spectral_norm(_array(matrix), rtol=3e-4))
     except specpert.NonFiniteError:
         return math.nan

@@ -45,7 +45,7 @@ def _as_array(x: Any, name: str) -> Array:
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"expected {name} without a mask, got a masked array; fill it first, e.g. {name}.filled(0)")
     if array_api_compat.is_array_api_obj(x) and not isinstance(x, np.ndarray | np.generic):
-        return x.detach() if hasattr(x, "detach") else x  # results never join a torch graph
+        return _plain(x)
     if hasattr(x, "toarray") or hasattr(x, "matvec"):
         raise TypeError(
             f"expected {name} to be a dense array, got {type(x).__name__}; convert it, e.g. {name}.toarray()"
@@ -55,6 +55,11 @@ def _as_array(x: Any, name: str) -> Array:
         return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     except ValueError as error:
         raise ValueError(f"expected {name} to be a rectangular array, got rows of different length") from error
+
+
+def _plain(x: Any) -> Any:
+    """A torch tensor off its graph, and with the conjugations and signs that its views put off; others as they are."""
+    return x.detach().resolve_conj().resolve_neg() if array_api_compat.is_torch_array(x) else x
 
 
 def namespace(x: Array) -> Namespace:
@@ -124,7 +129,9 @@ def magnitude(A: Array, xp: Namespace) -> Array:
     """
     if is_complex(A, xp):
         return xp.maximum(magnitude(xp.real(A), xp), magnitude(xp.imag(A), xp))
-    flat = xp.reshape(A, (*A.shape[:-2], -1))  # one long axis: many times faster for stacks of small matrices
+    flat = xp.reshape(
+        A, (*A.shape[:-2], math.prod(A.shape[-2:]))
+    )  # one long axis: many times faster for stacks of small matrices
     return xp.maximum(xp.max(flat, axis=-1), -xp.min(flat, axis=-1))
 
 
@@ -151,7 +158,7 @@ def host_view(x: Array) -> np.ndarray | None:
         return None
     if "cpu" not in str(array_api_compat.device(x)).lower():
         return None
-    view: np.ndarray = np.from_dlpack(x)  # type: ignore[arg-type]
+    view: np.ndarray = np.from_dlpack(_plain(x))
     return view
 
 

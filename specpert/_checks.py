@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -63,3 +64,11 @@ def check_order(order: Any, least: int) -> int:
     if checked < least:
         raise ValueError(f"expected order to be an integer >= {least}, got {order!r}")
     return checked
+
+
+def check_fraction(value: Any, name: str) -> None:
+    """Raise unless value is a real number in [0, 1)."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"expected {name} to be a real number, got {type(value).__name__}")
+    if not 0 <= float(value) < 1:
+        raise ValueError(f"expected 0 <= {name} < 1, relative to the largest singular value, got {value}")

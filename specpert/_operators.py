@@ -130,9 +130,11 @@ def spectral_norm_bound(H: Array, xp: Namespace) -> Array:
     if min(m, n) <= _EXACT_NORM_LIMIT:
         return xp.max(xp.linalg.svdvals(H), axis=-1) * (1 + 10 * max(m, n) * eps(H, xp))
     magnitude = xp.abs(H)
+    size = xp.max(magnitude, axis=(-2, -1), keepdims=True)
+    magnitude = magnitude / xp.where(size > 0, size, xp.ones_like(size))
     frobenius = xp.sqrt(xp.sum(magnitude * magnitude, axis=(-2, -1)))
     columns, rows = xp.max(xp.sum(magnitude, axis=-2), axis=-1), xp.max(xp.sum(magnitude, axis=-1), axis=-1)
-    return xp.minimum(frobenius, xp.sqrt(columns * rows)) * (1 + (m + n) * eps(H, xp))
+    return size[..., 0, 0] * xp.minimum(frobenius, xp.sqrt(columns * rows)) * (1 + (m + n) * eps(H, xp))
 
 
 def _norm(x: np.ndarray) -> float:

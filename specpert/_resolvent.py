@@ -92,15 +92,18 @@ class SmallSideResolvent:
         """
         if self.mirrored:
             f, g = g, f
-        dtype = self.u.dtype if self.matrix is None else self.matrix.dtype
-        f, g, u, v = (x.T.astype(dtype, copy=False) for x in (f, g, self.u, self.v))
-        g = g - ((f @ u.conj().T + g @ v.conj().T) / 2) @ v
+        f, g, u, v = f.T, g.T, self.u.T, self.v.T
+        a, b = f @ u.conj().T, g @ v.conj().T
+        # what is along u and v may be nearly all there is: off with it before precision is lost
+        f, g = f - a @ u, g - b @ v
+        if self.matrix is not None and np.finfo(self.matrix.dtype).eps > np.finfo(f.dtype).eps:
+            f, g = (x.astype(np.complex64 if np.iscomplexobj(x) else np.float32) for x in (f, g))
         r = self.apply(g.T).T if self.matrix is None else g @ self.matrix.T
         r = r + float(self.sigma[0]) * f
-        r -= (r @ u.conj().T) @ u
-        return np.asarray(
-            (np.einsum("ij,ij->i", g, g.conj()).real + self.solve.form(r.T)) / self.sigma, self.sigma.dtype
-        )
+        r -= (r @ u.conj().T.astype(r.dtype)) @ u.astype(r.dtype)
+        along = square((a - b)[:, 0]) / 4  # (a - b) / 2 of v is left in g, whose image belongs to u
+        total = np.einsum("ij,ij->i", g, g.conj()).real + along + self.solve.form(r.T)
+        return np.asarray(total / self.sigma, self.sigma.dtype)
 
     def diagonal_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of one value: diagonals (m,) and (n,) of the blocks L and R, and the block C (m, n) (theory 1.3)."""

@@ -10,6 +10,8 @@ direct_i = sigma / (sigma^2 - s_i^2), cross_i = s_i / (sigma^2 - s_i^2); for i =
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +31,14 @@ from specpert._arrays import (
     ldexp,
     magnitude,
     real,
+    real_dtype,
     scalar,
 )
 from specpert._checks import check_shape
+from specpert._operators import is_operator
 from specpert._resolvent import HostResolvent, SmallSideResolvent
 from specpert.result import NonFiniteError
-from specpert.triplet import SingularTriplet, prepare
+from specpert.triplet import SingularTriplet, cast, prepare
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -73,6 +77,10 @@ class SigmaHessian:
     """
 
     def __init__(self, A: Any, k: int = 0) -> None:
+        if is_operator(A):
+            raise TypeError(
+                f"expected a dense array or a triplet, got {type(A).__name__}; prepare it with singular_triplet(A)"
+            )
         triplet, _ = prepare(A, k, [], [], cluster=False, method="svd")
         if not isinstance(triplet.k, int):
             raise TypeError(
@@ -102,11 +110,15 @@ class SigmaHessian:
 
     def quadratic(self, G: Any) -> Array:
         """D^2 sigma[G, G] for a matrix or a stack G (..., m, n), with the stack's shape (...)."""
-        return self.from_projections(*self._projections(self._direction(G)))
+        G = self._direction(G)
+        wider = self._promoted(G)
+        return wider.from_projections(*wider._projections(G))
 
     def from_projections(self, p: Any, q: Any) -> Array:
         """D^2 sigma[G, G] from p = G v (..., m) and q = G^* u (..., n) alone (theory 2.4)."""
         xp, (_, p, q) = as_arrays(self.triplet._P0, p, q, names=["A", "p", "q"])
+        if (wider := self._promoted(p)) is not self:
+            return wider.from_projections(p, q)
         m, n = self.triplet.shape[-2:]
         if p.shape[-1:] != (m,) or q.shape[-1:] != (n,) or p.shape[:-1] != q.shape[:-1]:
             raise ValueError(
@@ -121,7 +133,8 @@ class SigmaHessian:
         if self.triplet._svd is not None:
             total = self._spectrum.quadratic(p, q)
         else:
-            columns = (xp.matrix_transpose(xp.reshape(x, (-1, x.shape[-1]))) for x in (p, q))
+            count = math.prod(p.shape[:-1])
+            columns = (xp.matrix_transpose(xp.reshape(x, (count, x.shape[-1]))) for x in (p, q))
             assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
             total = xp.reshape(self._resolvent.quadratic(*columns), p.shape[:-1])
         total = self.triplet._result(total)
@@ -141,8 +154,11 @@ class SigmaHessian:
 
     def product(self, G: Any) -> Array:
         """The matrix H[G] (..., m, n) with <H[G], G'> = D^2 sigma[G, G'] for every G' (real part of the trace)."""
+        G = self._direction(G)
+        if (wider := self._promoted(G)) is not self:
+            return wider.product(G)
         xp, u, v = self._xp, self._u, self._v
-        p, q = self._projections(self._direction(G))
+        p, q = self._projections(G)
         e = _vector_exponent(p, q, xp)
         p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
         x, y = self._solve(p, q)
@@ -156,7 +172,8 @@ class SigmaHessian:
             x, y = self._resolvent(p[..., None], q[..., None])
             return x, y
         xp = self._xp
-        columns = (xp.matrix_transpose(xp.reshape(x, (-1, x.shape[-1]))) for x in (p, q))
+        count = math.prod(p.shape[:-1])
+        columns = (xp.matrix_transpose(xp.reshape(x, (count, x.shape[-1]))) for x in (p, q))
         x, y = (xp.matrix_transpose(z) for z in self._resolvent(*columns))
         return xp.reshape(x, (*p.shape, 1)), xp.reshape(y, (*q.shape, 1))
 
@@ -201,8 +218,9 @@ class SigmaHessian:
         right = _square(u, xp) * R[..., None, :]
         cross = 2 * real(u * xp.conj(v) * C if is_complex(C, xp) else u * v * C, xp)
         if not is_complex(self.triplet._P0, xp):
-            return finite(ldexp(left + right + cross, -self.triplet._e[..., None, None], xp), "Hessian", xp)
-        both = xp.stack([left + right + cross, left + right - cross], axis=-1)
+            total = self.triplet._result(left + right + cross)
+            return finite(ldexp(total, -self.triplet._e[..., None, None], xp), "Hessian", xp)
+        both = self.triplet._result(xp.stack([left + right + cross, left + right - cross], axis=-1))
         return finite(ldexp(both, -self.triplet._e[..., None, None, None], xp), "Hessian", xp)
 
     def dense(self, layout: str = "tensor") -> Array:
@@ -223,6 +241,13 @@ class SigmaHessian:
             return np.asarray(self.product(x.reshape(m, n))).reshape(-1)
 
         return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=self.triplet._P0.dtype)
+
+    def _promoted(self, G: Array) -> SigmaHessian:
+        """The form for arrays of a wider dtype: complex directions of a real matrix, or more accurate ones."""
+        if G.dtype == self.triplet._P0.dtype:
+            return self
+        results = self._xp.result_type(self.triplet._dtype, real_dtype(G.dtype, self._xp))
+        return SigmaHessian(replace(cast(self.triplet, G.dtype), _dtype=results))
 
     def _direction(self, G: Any, stack: bool = True) -> Array:
         _, (_, G) = as_arrays(self.triplet._P0, G, names=["A", "G"])

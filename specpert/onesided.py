@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specpert._arrays import Array, adjoint, array, as_arrays, check_matrix, eps, exponent, ldexp, magnitude
-from specpert._checks import check_direction, check_indices
+from specpert._checks import check_direction, check_fraction, check_indices
 from specpert.certificate import spectral_norm_bound
 from specpert.result import SpecpertError
 from specpert.series import sigma_series
@@ -111,7 +111,7 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
         Index of the singular value, 0 being the largest.
     gap_tol : float, optional
         Distance, relative to the largest value, below which two values (or a value and zero) count as equal.
-        Default 10 max(m, n) eps.
+        Default, and least, 10 max(m, n) eps, the error of the decomposition.
 
     Returns
     -------
@@ -134,6 +134,8 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
     >>> print(zero.derivatives, zero.values(0.5))
     [4. 3.] [2.  1.5]
     """
+    if gap_tol is not None:
+        check_fraction(gap_tol, "gap_tol")
     xp, (A, H) = as_arrays(A, H, names=["A", "H"])
     _check_single(A, xp)
     check_direction(H, "H", A.shape, xp)
@@ -144,7 +146,7 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
     A, H = ldexp(A, -e, xp), ldexp(H, -t, xp)  # each to about one; x in these units is x 2^(t - e)
     U, s, Vh = xp.linalg.svd(A, full_matrices=True)
     values = [float(x) for x in s]
-    tol = (10 * max(A.shape) * eps(A, xp) if gap_tol is None else gap_tol) * values[0]
+    tol = max(10 * max(A.shape) * eps(A, xp), gap_tol or 0.0) * values[0]
     if values[index] <= tol:
         rank = sum(x > tol for x in values)
         U0, V0 = U[:, rank:], adjoint(Vh, xp)[:, rank:]

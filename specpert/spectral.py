@@ -18,6 +18,7 @@ ranges of U and V.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -126,7 +127,7 @@ class SpectralFunction:
         [[ 0.6  0. ]
          [ 0.  -0.8]]
         """
-        if not (isinstance(p, int | float) and 0 < p < math.inf):
+        if not (isinstance(p, numbers.Real) and 0 < p < math.inf):
             raise ValueError(
                 f"expected 0 < p < inf, got p = {p!r}; for p = inf, the spectral norm, use sigma_gradient and "
                 "SigmaHessian"

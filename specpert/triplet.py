@@ -6,6 +6,7 @@ the spectrum of T0 = [[0, A], [A^*, 0]] (theory 1.9). All private arrays are tho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +34,7 @@ from specpert._arrays import (
     scalar,
     to_precision,
 )
-from specpert._checks import check_direction, check_indices
+from specpert._checks import check_direction, check_fraction, check_indices
 from specpert._isolation import isolation
 from specpert._operators import Operator, as_operator, is_operator
 from specpert._resolvent import HostResolvent, Resolvent, SmallSideResolvent, from_thin_svd
@@ -173,7 +174,7 @@ class SingularTriplet:
         """Number of singular values of A above `lower`; one that is within rounding of it counts or does not.
 
         From the decomposition there is, or by Sylvester's law of inertia from the Gram matrix. Raises TypeError for a
-        stack of matrices and for a triplet that knows only products with A.
+        stack of matrices and for a triplet that knows only products with A, ValueError for NaN.
 
         Examples
         --------
@@ -185,13 +186,22 @@ class SingularTriplet:
         if self._e.ndim:
             raise TypeError(f"expected a triplet of one matrix, got one of a stack {self.shape[:-2]}")
         lower = float(lower) * 2.0 ** -float(self._e)
+        if math.isnan(lower):
+            raise ValueError("expected a number as lower, got NaN")
         if self._svd is not None:
             return int(self._xp.sum(self._xp.astype(self._svd[1] > lower, self._xp.int64)))
+        if lower < 0:
+            return min(self.shape)
         resolvent = self._resolvent()
-        solve = getattr(getattr(resolvent, "resolvent", resolvent), "solve", None)
+        small = resolvent.resolvent if isinstance(resolvent, HostResolvent) else resolvent
+        assert isinstance(small, SmallSideResolvent)
+        solve = small.solve
         if not isinstance(solve, CholeskySolver | EigenSolver):
             raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
-        return solve.count(lower * lower) if lower >= 0 else min(self.shape)
+        if lower < 1e-6 * float(small.sigma[0]):  # squared it would be lost
+            B: Any = solve.gram.B if isinstance(solve, CholeskySolver) else small.matrix
+            return int(np.sum(np.linalg.svd(B, compute_uv=False) > lower))
+        return solve.count(lower * lower)
 
     def follow(self, A: Any) -> Array:
         """The largest singular value of a matrix nearby, for a triplet of one dense matrix with k = 0.
@@ -224,15 +234,18 @@ class SingularTriplet:
             raise ValueError(f"expected k = 0 and A of shape {tuple(self.shape)}, got k = {self.k}, {tuple(A.shape)}")
         check_matrix(A, "A", xp)
         view, resolvent = host_view(A), self._resolvent()
-        small = getattr(resolvent, "resolvent", resolvent)
+        small = resolvent.resolvent if isinstance(resolvent, HostResolvent) else resolvent
         if view is None or not isinstance(small, SmallSideResolvent):
             return self._result(xp.linalg.matrix_norm(A, ord=2))
-        scale = 2.0 ** float(self._e)
-        wide = view.T if small.mirrored else view
-        gram = Gram((wide.conj() if small.mirrored else wide).astype(small.u.dtype, copy=False) / scale)
+        e = exponent(magnitude(A, xp), xp)
+        if abs(float(e - self._e)) > 64:
+            raise ConvergenceError(f"expected a matrix nearby, got one 2^{float(e - self._e):.0f} times as large")
+        scaled = np.asarray(ldexp(view, np.asarray(-float(e))[..., None, None], np))
+        scaled = scaled.astype(np.result_type(small.u.dtype, scaled.dtype), copy=False)
+        gram = Gram(adjoint(scaled, np) if small.mirrored else scaled)
         gap = float(self._gap[..., 0]) * float(small.sigma[0])
-        v = gram.Ba @ followed(gram, small.u, small.solve, gap)
-        return self._result(array(float(np.linalg.norm(v)) * scale, self._values, xp))
+        v = gram.Ba @ followed(gram, small.u, small.solve, gap * 4.0 ** float(self._e - e))
+        return self._result(ldexp(array(float(np.linalg.norm(v)), self._values, xp), e, xp))
 
     def __repr__(self) -> str:
         return (
@@ -269,9 +282,9 @@ def singular_triplet(
         Default 10 max(m, n) eps, the error of the decomposition itself. A Gram matrix is decomposed in float64; there
         it is at least 10 eps of A's own dtype.
     rtol : float
-        Relative accuracy asked of Hessian forms and diagonals. From 1e-6 on, the Gram method may take them from a
-        factorisation in single precision, where the gap is wide enough for that; singular value, vectors and series
-        have full accuracy all the same.
+        Relative accuracy asked of the isolation distance and of Hessian forms and diagonals. From 1e-6 on, the Gram
+        method may take them from a factorisation in single precision, where the gap is wide enough for that; singular
+        value, vectors and series have full accuracy all the same.
 
     Returns
     -------
@@ -299,8 +312,7 @@ def singular_triplet(
     """
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {METHODS}, got {method!r}")
-    if not 0 <= rtol < 1:
-        raise ValueError(f"expected 0 <= rtol < 1, got {rtol}")
+    check_fraction(rtol, "rtol")
     triplet, _ = prepare(A, k, [], [], cluster=False, gap_tol=gap_tol, method=method, v0=v0, rtol=rtol)
     return triplet
 
@@ -321,8 +333,8 @@ def prepare(
     prepared = isinstance(A, SingularTriplet)
     if prepared:
         _check_request(A, k, cluster, gap_tol)
-    if gap_tol is not None and not 0 <= gap_tol < 1:
-        raise ValueError(f"expected 0 <= gap_tol < 1, relative to the largest singular value, got {gap_tol}")
+    if gap_tol is not None:
+        check_fraction(gap_tol, "gap_tol")
     if is_operator(A) or any(is_operator(H) for H in directions) or (not prepared and method == "lanczos"):
         if method in ("svd", "gram"):
             raise ValueError(f"expected a dense array for method={method!r}, got {type(A).__name__}; convert it to one")
@@ -339,7 +351,7 @@ def prepare(
             xp, (P0, *arrays) = as_arrays(A._P0, *directions, names=["the triplet", *names])
             _, raw = as_arrays(*directions, names=names)
             results = xp.result_type(A._dtype, real_dtype(raw[0].dtype, xp))
-            triplet = replace(A if P0.dtype == A._P0.dtype else _cast(A, P0.dtype), _dtype=results)
+            triplet = replace(A if P0.dtype == A._P0.dtype else cast(A, P0.dtype), _dtype=results)
     for H, name in zip(arrays, names, strict=True):
         check_direction(H, name, triplet.shape, xp)
     return triplet, [xp.astype(H, triplet._P0.dtype, copy=False) for H in arrays]
@@ -374,6 +386,8 @@ def _by_dense(
 ) -> SingularTriplet:
     check_matrix(A, "A", xp)
     m, n = A.shape[-2:]
+    if v0 is not None and tuple(getattr(v0, "shape", None) or np.shape(v0)) != (n,):
+        raise ValueError(f"expected v0 of shape ({n},), a right singular vector, got {np.shape(v0)}")
     index = check_indices(k, min(m, n), cluster=cluster)
     e = exponent(magnitude(A, xp), xp)
     scaled = ldexp(A, -e[..., None, None], xp)
@@ -423,7 +437,7 @@ def _assemble(
     return replace(blank, k=index, _values=s0, _P0=U0, _Q0=V0, _gap=gap, _resolvent=resolvent, _svd=(U, s, V))
 
 
-def _cast(triplet: SingularTriplet, dtype: Any) -> SingularTriplet:
+def cast(triplet: SingularTriplet, dtype: Any) -> SingularTriplet:
     """The same triplet in another dtype: a real matrix with complex directions, float32 with float64."""
     xp = triplet._xp
     real = real_dtype(dtype, xp)
@@ -433,11 +447,11 @@ def _cast(triplet: SingularTriplet, dtype: Any) -> SingularTriplet:
 
     arrays = {name: floats(getattr(triplet, name)) for name in ("_e", "_values", "_gap", "_margin")}
     arrays |= {name: xp.astype(getattr(triplet, name), dtype, copy=False) for name in ("_P0", "_Q0")}
-    cast = replace(triplet, **arrays)
+    other = replace(triplet, **arrays)
     if triplet._svd is None:  # the products with A promote by themselves
-        return cast
+        return other
     U, s, V = triplet._svd
-    return _assemble(cast, (xp.astype(U, dtype), floats(s), xp.astype(V, dtype)), cast.k, cast._gap)
+    return _assemble(other, (xp.astype(U, dtype), floats(s), xp.astype(V, dtype)), other.k, other._gap)
 
 
 def _by_gram(

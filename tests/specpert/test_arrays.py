@@ -128,3 +128,24 @@ def test_results_stay_on_the_device():
     torch.testing.assert_close(series.coefficients.cpu(), sigma_series(A.cpu(), H.cpu(), 4).coefficients)
     with pytest.raises(TypeError, match="on the device of A"):
         sigma_series(A, H.cpu(), 2)
+
+
+def test_torch_views_that_put_off_conjugation():
+    A, G = (torch.as_tensor(x) for x in np.random.default_rng(0).standard_normal((2, 70, 80, 2)).view(complex)[..., 0])
+    for view, plain in ((A.mH, A.mH.resolve_conj()), (A.conj(), A.conj().resolve_conj()), (A.imag, A.imag.clone())):
+        start = torch.ones(view.shape[1], dtype=view.dtype, requires_grad=True)
+        torch.testing.assert_close(singular_triplet(view, v0=start).sigma, singular_triplet(plain).sigma)
+    assert float(SigmaHessian(A.mH).quadratic(G.mH)) == pytest.approx(float(SigmaHessian(A).quadratic(G)))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (70, 80)], ids=str)
+def test_torch_hessian_of_wider_directions(shape):
+    A, G = np.random.default_rng(0).standard_normal((2, *shape))
+    single, double, both = torch.as_tensor(A).float(), torch.as_tensor(G), torch.as_tensor(G + 1j * G[::-1])
+    H, exact = SigmaHessian(single), SigmaHessian(single.double())
+    torch.testing.assert_close(H.quadratic(double), exact.quadratic(double), rtol=1e-3, atol=0, check_dtype=False)
+    torch.testing.assert_close(H @ double, exact @ double, rtol=1e-3, atol=1e-4, check_dtype=False)
+    whole = SigmaHessian(single.double() + 0j)
+    torch.testing.assert_close(exact.quadratic(both), whole.quadratic(both), rtol=1e-9, atol=0)
+    torch.testing.assert_close(exact @ both, whole @ both)
+    torch.testing.assert_close(exact.inner(both[None]), whole.inner(both[None]), rtol=1e-9, atol=0)

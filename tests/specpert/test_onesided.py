@@ -166,3 +166,20 @@ def test_sizes_far_apart():
         assert abs(truth - e.value) <= e.bound
     f32 = kato_temple(np.random.default_rng(0).standard_normal((70, 80)).astype("f4"), np.zeros((70, 80), "f4"))
     assert f32.value.dtype == f32.bound.dtype == np.float32
+
+
+def test_gap_tol_is_checked_and_never_below_rounding():
+    A = np.diag([1.0, 1.0 - 2e-16, 0.5])
+    assert one_sided_derivatives(A, np.ones((3, 3)), gap_tol=0).cluster == (0, 1)
+    for wrong in (-1.0, float("nan"), 1.0):
+        with pytest.raises(ValueError, match="gap_tol"):
+            one_sided_derivatives(A, A, gap_tol=wrong)
+    with pytest.raises(TypeError, match="gap_tol"):
+        one_sided_derivatives(A, A, gap_tol="0.1")
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_isolating_cluster_of_a_large_matrix_at_any_scale(scale):
+    A = np.diag(np.append([3.0, 2.9], np.linspace(1.0, 0.1, 511)))
+    H = 0.04 * np.diag(np.append([1.0], np.zeros(512)))
+    assert isolating_cluster(scale * A, scale * H) == (0, 1)
