@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import Spectrum, read_spectrum
-from lipdyn_torch.distributed import full
+from lipdyn_torch.distributed import full, local
 from lipdyn_torch.layers import Block, LayerRule, value, whole
 
 __all__ = ["Call", "Switch", "Tap", "Watch"]
@@ -36,7 +36,8 @@ class Switch:
     """What all hooks of one monitor look at first: while ``on`` is off they return at once."""
 
     on: bool = True
-    discard: Callable[[], None] = lambda: None  # called when gradients were cleared without a step
+    discard: Callable[[], None] = lambda: None  # called when gradients seem to be cleared without a step
+    backward: int = -1  # the backward pass that was seen last
     outer: dict[int, int] = field(default_factory=dict)  # backward pass inside a checkpoint: the one around it
 
 
@@ -86,6 +87,8 @@ class Watch:
     passes: dict[int, Pass] = field(default_factory=dict, init=False)
     problems: dict[str, None] = field(default_factory=dict, init=False)
     accumulated: bool = field(default=False, init=False)  # a gradient has reached the parameter
+    totals: list[Tensor] = field(default_factory=list, init=False)  # sums of such gradients, to find an overflow in
+    versions: dict[int, int] = field(default_factory=dict, init=False)  # of such gradients, by parameter
     eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
 
     def __post_init__(self) -> None:
@@ -121,8 +124,21 @@ class Watch:
         return values, self._matrices(values)
 
     def cleared(self) -> bool:
-        """Whether the gradients are gone, though contributions to them were caught."""
-        return all(p.grad is None or not bool(full(p.grad).any()) for p in self.parameters if p.requires_grad)
+        """Whether the gradients are gone, though contributions to them were caught.
+
+        One that has been zero ever since it was made is not: zeros may be the gradient.
+        """
+
+        def gone(p: nn.Parameter) -> bool:
+            if p.grad is None:
+                return True
+            return self.versions.get(id(p)) != p.grad._version and not bool(full(p.grad).any())
+
+        return all(gone(p) for p in self.parameters if p.requires_grad)
+
+    def overflowed(self) -> bool:
+        """Whether a gradient that has reached the parameters was not finite."""
+        return not all(bool(total.isfinite()) for total in self.totals)
 
     def receive(self, call: Call, backward: int) -> None:
         """Contract one call's input with the gradient of its output (theory 2.4), or keep them for later."""
@@ -169,7 +185,7 @@ class Watch:
     def forget(self) -> None:
         """Drop what was received."""
         self.passes, self.problems = {}, {}
-        self.accumulated, self.eps = False, 0.0
+        self.accumulated, self.eps, self.totals, self.versions = False, 0.0, [], {}
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -192,16 +208,22 @@ def _add(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 class Tap:
     """The hooks on one module, and the matrices it feeds."""
 
-    def __init__(self, module: nn.Module, rule: LayerRule, switch: Switch) -> None:
-        self.module, self.rule, self.switch = module, rule, switch
+    def __init__(self, module: nn.Module, rule: LayerRule, switch: Switch, batch_dim: int = 0) -> None:
+        self.module, self.rule, self.switch, self.batch_dim = module, rule, switch, batch_dim
         self.feeds: list[tuple[Watch, str]] = []  # watch, and the part of this module that belongs to it
 
     def attach(self) -> RemovableHandle:
         """Put the forward hook on the module."""
         return self.module.register_forward_hook(_ForwardHook(self), with_kwargs=True)
 
+    def stale(self) -> bool:
+        """Whether gradients were cleared to which contributions were caught."""
+        return any(watch.passes and watch.cleared() for watch, _ in self.feeds)
+
     def receive(self, x: Any, delta: Tensor, backward: int) -> None:
         """Hand a call to every matrix that can learn from it."""
+        if self.batch_dim and isinstance(x, Tensor) and delta.ndim > self.batch_dim + 1:
+            x, delta = x.movedim(self.batch_dim, 0), delta.movedim(self.batch_dim, 0)
         for watch, part in self.feeds:
             if watch.trained:
                 watch.receive(Call(self.module, self.rule, part, x, delta), backward)
@@ -221,7 +243,7 @@ class _ForwardHook:
         if output is None or not output.requires_grad or _is_functorch(output):
             return
         outer = torch._C._current_graph_task_id()  # not -1 inside a checkpoint that is run again
-        if outer == -1 and any(watch.passes and watch.cleared() for watch, _ in tap.feeds):
+        if outer == -1 and tap.stale():
             tap.switch.discard()
             if not tap.switch.on:  # that was the measured step
                 return
@@ -260,6 +282,12 @@ class _OutputHook:
         backward = torch._C._current_graph_task_id()  # tells micro-batches from several uses in one pass
         if self.outer != -1:
             tap.switch.outer[backward] = self.outer
+        elif backward != tap.switch.backward:  # a new one: were gradients cleared after the forward pass?
+            tap.switch.backward = backward
+            if tap.stale():
+                tap.switch.discard()
+                if not tap.switch.on:
+                    return
         # in full precision also where the backward pass runs under autocast
         with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
             tap.receive(self.x, delta.detach(), backward)
@@ -275,6 +303,9 @@ class _GradientHook:
     def __call__(self, parameter: Tensor) -> None:
         if self.switch.on:
             self.watch.accumulated = True
+            if parameter.grad is not None:
+                self.watch.totals.append(local(parameter.grad.detach()).sum())
+                self.watch.versions[id(parameter)] = parameter.grad._version
 
 
 def listen(watch: Watch, switch: Switch) -> list[RemovableHandle]:

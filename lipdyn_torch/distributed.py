@@ -24,7 +24,7 @@ from torch import Tensor
 from lipdyn_torch._bridge import Pair, Spectrum, hessian_diagonal, hessian_pairing
 from lipdyn_torch.noise import GradientNoise, NoiseTerms
 
-__all__ = ["JointNoise", "active", "agree", "combine", "full", "pool", "share", "summarise"]
+__all__ = ["JointNoise", "active", "agree", "combine", "full", "local", "pool", "share", "summarise"]
 
 ELSEWHERE = "noise terms not known in every process"
 
@@ -43,6 +43,18 @@ def full(tensor: Tensor) -> Tensor:
     """
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard that this process has of a sharded tensor (DTensor); any other tensor as it is.
+
+    Examples
+    --------
+    >>> local(torch.ones(2))
+    tensor([1., 1.])
+    """
+    own = getattr(tensor, "to_local", None)
+    return tensor if own is None else own()
 
 
 def active(group: dist.ProcessGroup | None = None) -> bool:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule
@@ -91,7 +92,8 @@ class FallbackRule(LayerRule):
         mapped = torch.func.vmap(pulled_back, (None, 0, *(None if a is None else 0 for a in axes)))
         for chunk in chunks(len(delta), weight.numel() + delta[0].numel()):
             part = [v if a is None else v.movedim(a, 0)[chunk] for v, a in zip(values, axes, strict=True)]
-            G = mapped(weight, delta[chunk], *part)
+            with sdpa_kernel(SDPBackend.MATH):  # the others have no rule for vmap, and warn of it
+                G = mapped(weight, delta[chunk], *part)
             yield torch.stack([self.matrices(module, block.part, (g,))[block.group] for g in G])
 
     def sample_axis(self, module: Any) -> int:

@@ -313,7 +313,7 @@ def _offset_of_step(path: Path, step: int) -> int:
 
 def _check_same_run(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
     """Rows may follow each other only where they mean the same."""
-    for key in ("layers", "noise", "conv"):
+    for key in ("layers", "shapes", "noise", "conv"):
         if key in old and key in new and json_ready(old[key]) != json_ready(new[key]):
             raise ResumeError(
                 f"expected {what} to have {key} {new[key]!r} as this run, got {old[key]!r}; "

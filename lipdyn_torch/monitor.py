@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +34,29 @@ __all__ = ["LipschitzMonitor"]
 _T = TypeVar("_T")
 
 BATCH_NORM = "BatchNorm mixes samples in training: noise terms are heuristic"
+UNEQUAL = "layers saw different numbers of samples"
+NO_SHARE = "samples had no gradient in any layer: if the loss ignores them, noise terms take them for zeros"
 CLEARED = "step skipped: gradients were cleared without a step"
+
+
+class _Eager:
+    """How torch treats what is compiled is set for the whole process: uncompiled while any monitor wants it so."""
+
+    def __init__(self) -> None:
+        self.wanted: set[int] = set()
+        self.stance = contextlib.ExitStack()
+
+    def want(self, monitor: int, on: bool) -> None:
+        """Note a monitor's wish; the first sets torch's stance, the last restores the one there was."""
+        before = bool(self.wanted)
+        self.wanted = self.wanted | {monitor} if on else self.wanted - {monitor}
+        if self.wanted and not before:
+            self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+        elif before and not self.wanted:
+            self.stance.close()
+
+
+_EAGER = _Eager()
 
 
 def _full_precision(method: Callable[..., _T]) -> Callable[..., _T]:
@@ -76,6 +99,9 @@ class LipschitzMonitor:
         How batches are drawn: every sample once per epoch, or independently. Kept for the predictors' bands.
     dataset_size : int, optional
         Number of samples of an epoch, for the bands with "shuffle".
+    batch_dim : int or mapping of str to int, optional
+        Axis of the samples in the inputs of `torch.nn.Linear` and `torch.nn.Embedding`, for all or by module name. By
+        default the first; in torch's own transformer layers made with ``batch_first=False`` the second.
     reference : callable, optional
         Another mean gradient to take a drift of, column ``mu_ref``: ``reference(model)`` gives gradients by
         parameter name, `lipdyn_torch.reference.MeanGradient` for example (theory 2.7).
@@ -123,7 +149,9 @@ class LipschitzMonitor:
     ``status``              "ok", "frozen", or why terms are NaN or to be taken with care
     ======================  =====================================================================================
 
-    The batch is the first axis of a layer's input. Several backward passes before a step count as one batch;
+    The batch is the first axis of a layer's input (but see ``batch_dim``), and the noise is that of a mean over all of
+    it. A loss that ignores samples or weights classes makes another mean; samples without any gradient are counted in
+    the status. Several backward passes before a step count as one batch;
     several uses of a weight in one backward pass are paired sample by sample and added.
 
     Raises
@@ -166,6 +194,7 @@ class LipschitzMonitor:
         conv: str = "matrix",
         sampling: str = "shuffle",
         dataset_size: int | None = None,
+        batch_dim: int | Mapping[str, int] | None = None,
         reference: Callable[[nn.Module], Mapping[str, torch.Tensor]] | None = None,
         process_group: Any = None,
         sinks: Iterable[Sink] = (),
@@ -173,6 +202,7 @@ class LipschitzMonitor:
         sinks = list(sinks)
         _check_types(model, optimizer, sinks)
         _check_settings(every, budget, warmup, noise, conv, sampling, dataset_size)
+        dims = _batch_dims(model, batch_dim)
         self._model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self._compiled = self._model is not model or any(m._compiled_call_impl is not None for m in model.modules())
         self._optimizer = optimizer
@@ -187,7 +217,7 @@ class LipschitzMonitor:
         self._switch = Switch(discard=self._discard)
         # What a preconditioner does to a sample is known at the step only; so is which calls share a weight.
         hold = self._split or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.RMSprop)
-        self._survey = survey(self._model, optimizer, self._switch, hold)
+        self._survey = survey(self._model, optimizer, self._switch, hold, dims)
         self._watches = self._survey.watches
         self._batch_norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.skipped = self._survey.skipped
@@ -196,6 +226,7 @@ class LipschitzMonitor:
                 **{"optimizer": type(optimizer).__name__, "every": every, "noise": noise, "conv": conv},
                 **{"sampling": sampling, "dataset_size": dataset_size},
                 **{"layers": self.layers, "skipped": self.skipped},
+                **{"shapes": [list(watch.spectrum.matrices.shape) for watch in self._watches]},
                 **({} if reference is None else {"reference": getattr(reference, "kind", "full")}),
             }
         )
@@ -309,7 +340,7 @@ class LipschitzMonitor:
         """Switch the hooks; a compiled model runs its Python, hooks included, on measured steps."""
         self._switch.on = on
         if self._compiled:
-            torch.compiler.set_stance("force_eager" if on else "default")
+            _EAGER.want(id(self), on)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read gradients, learning rates and noise while the weights are still the old ones."""
@@ -374,8 +405,15 @@ class LipschitzMonitor:
             sink.write(rows)
 
     def _discard(self) -> None:
-        """Gradients were cleared without a step; if they had been made, that is a step skipped, and gets rows."""
-        skipped = any(watch.accumulated for watch in self._watches) and not self._inside
+        """Gradients were cleared without a step. Where they had overflowed, a loss scaler skipped it: that gets rows.
+
+        One layer whose gradient happens to be zero is no sign that anything was cleared.
+        """
+        caught = [watch for watch in self._watches if watch.trained and watch.passes]
+        if not all(watch.cleared() for watch in caught):
+            return
+        overflowed = any(watch.overflowed() for watch in caught)
+        skipped = self._agree(int(overflowed)) > 0 and not self._inside
         batch = max(sum(p.samples for p in watch.merged(self._switch.outer)) for watch in self._watches)
         for watch in self._watches:
             watch.forget()
@@ -409,6 +447,7 @@ class LipschitzMonitor:
         reference = self._mean_gradient()
         caught = [collect(watch, self._optimizer, groups, outer, self._split, reference) for watch in self._watches]
         outer.clear()
+        _note_samples(caught)
         if active(self._group):
             share(caught, self._group)
         settle(caught)
@@ -445,6 +484,43 @@ class LipschitzMonitor:
             f"optimizer.step(), got none since the last step (step {self._step}); call loss.backward() first, "
             "on the model the monitor was given, or close the monitor"
         )
+
+
+def _note_samples(layers: list[Caught]) -> None:
+    """Say in every row what makes M doubtful: layers that disagree on it, and samples without any gradient."""
+    known = [layer for layer in layers if layer.noise is not None]
+    sizes = {layer.batch for layer in known}
+    if len(sizes) > 1:
+        for layer in known:
+            layer.notes.append(f"{UNEQUAL}: {', '.join(map(str, sorted(sizes)))}")
+        return
+    if not known:
+        return
+    silent = torch.stack([~(c.noise.p.any(1) | c.noise.q.any(1)) for c in known if c.noise is not None]).all(0)
+    count = int(silent.sum())
+    if 0 < count < known[0].batch:
+        for layer in known:
+            layer.notes.append(f"{count} of {layer.batch} {NO_SHARE}")
+
+
+def _batch_dims(model: nn.Module, given: object) -> dict[str, int]:
+    """Axis of the samples by module name, where it is not the first."""
+    names = {name for name, _ in model.named_modules()}
+    dims: dict[str, int] = {}
+    if given is None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+                dim = 0 if module.self_attn.batch_first else 1
+                dims |= {f"{name}.{child}".lstrip("."): dim for child, _ in module.named_modules() if child}
+        return dims
+    by_name: Mapping[Any, Any] = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
+    for name, dim in by_name.items():
+        if name not in names:
+            raise ValueError(f"expected names of model.named_modules() in batch_dim, got {name!r}")
+        if not _whole(dim, 0):
+            raise ValueError(f"expected batch_dim to be whole numbers, at least 0, got {dim!r}")
+        dims[name] = dim
+    return dims
 
 
 def _check_types(model: object, optimizer: object, sinks: list[Any]) -> None:

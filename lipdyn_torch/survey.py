@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ class Survey:
         return {entry.module: entry.detail for entry in self.entries if entry.how == "skipped"}
 
 
-def survey(model: nn.Module, optimizer: Optimizer, switch: Switch, hold: bool) -> Survey:
+def survey(model: nn.Module, optimizer: Optimizer, switch: Switch, hold: bool, batch_dims: Mapping[str, int]) -> Survey:
     """Find the matrices of the model.
 
     Raises
@@ -85,7 +85,7 @@ def survey(model: nn.Module, optimizer: Optimizer, switch: Switch, hold: bool) -
             found.entries.append(Entry(_row_name(path, module), type(module).__name__, "skipped", reason or "no rule"))
             continue
         covered |= {id(child) for cover in rule.covers(module) for child in cover.modules()}
-        _add_module(found, path, module, rule, known, owned, switch, hold)
+        _add_module(found, path, Tap(module, rule, switch, batch_dims.get(path, 0)), known, owned, hold)
     _check(found, model, optimizer)
     return found
 
@@ -98,15 +98,13 @@ def _fallback(module: nn.Module) -> LayerRule | None:
 def _add_module(
     found: Survey,
     path: str,
-    module: nn.Module,
-    rule: LayerRule,
+    tap: Tap,
     known: dict[tuple[int, ...], Watch],
     owned: set[int],
-    switch: Switch,
     hold: bool,
 ) -> None:
     """Watch every part of one module, unless its parameters are another optimiser's."""
-    tap = Tap(module, rule, switch)
+    module, rule = tap.module, tap.rule
     name, kind = _row_name(path, module), type(module).__name__
     for part in rule.parts(module):
         row = ".".join(filter(None, (name, part)))
@@ -166,6 +164,10 @@ def replaced(model: nn.Module, paths: Iterable[tuple[str, nn.Module]], watches: 
             return path
     for watch in watches:
         names = watch.rule.parameters(watch.module, watch.part)
-        if any(watch.module.get_parameter(n) is not p for n, p in zip(names, watch.parameters, strict=True)):
+        try:
+            found = [watch.module.get_parameter(name) for name in names]
+        except AttributeError:  # pruned, or given a parametrisation
+            return watch.name
+        if any(now is not p for now, p in zip(found, watch.parameters, strict=True)):
             return watch.name
     return None

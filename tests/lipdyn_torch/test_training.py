@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from lipdyn_torch import LipschitzMonitor
@@ -56,6 +58,66 @@ def same(rows, expected, rel: float = 1e-9):
         for key, value in other.items():
             if isinstance(value, float):
                 assert row[key] == pytest.approx(value, rel=rel, abs=1e-14, nan_ok=True), (row["layer"], key)
+
+
+# --- where the samples are ---
+
+
+class Encoder(nn.Module):
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.table = nn.Embedding(7, 6)
+        self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=batch_first)
+        self.head = nn.Linear(6, 3)
+        self.batch_first = batch_first
+
+    def forward(self, x):
+        return self.head(self.layer(self.table(x)).mean(1 if self.batch_first else 0))
+
+
+@pytest.mark.parametrize("steps", [12, 5], ids=["as many as samples", "fewer"])
+@pytest.mark.parametrize("named", [True, False])
+def test_sequences_with_time_first(steps, named):
+    """The same numbers as with the samples first; only the table is ours to declare."""
+    index = torch.randint(7, (12, steps), generator=torch.Generator().manual_seed(0))
+
+    def rows(batch_first, **settings):
+        model = Encoder(batch_first).double()
+        x = index if batch_first else index.T
+        return run(lambda m, o: plain_on(m, o, x), model, **settings)
+
+    def plain_on(model, optimizer, x):
+        _, y = data()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    dims = {"table": 1, "layer.linear1": 1, "layer.linear2": 1}
+    whole = dims if named else 1
+    same(rows(False, batch_dim=whole), rows(True), rel=1e-7)
+    untold = rows(False)
+    assert all(
+        row["kappa"] == pytest.approx(other["kappa"]) for row, other in zip(untold[1:7], rows(True)[1:7], strict=True)
+    )
+    if steps != 12:  # the table sees five samples, the others twelve
+        assert "layers saw different numbers of samples: 5, 12" in untold[0]["status"]
+
+
+def test_batch_dim_is_checked():
+    model = mlp()
+    for wrong, message in (({"7": 1}, "names of model.named_modules"), (-1, "whole numbers"), ({"0": 0.5}, "whole")):
+        with pytest.raises(ValueError, match=message):
+            LipschitzMonitor(model, sgd(model), batch_dim=wrong)
+
+
+def test_samples_that_the_loss_ignores_are_counted_in_the_status():
+    def loop(model, optimizer):
+        x, y = data(torch.float64)
+        y[:3] = -100
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    assert all(row["status"].count("3 of 12 samples had no gradient in any layer") for row in run(loop)[:-1])
 
 
 # --- precision -----------------------------------------------------------------------------------------------
@@ -196,6 +258,65 @@ def test_gradient_accumulation(make, noise):
     for row in accumulated:
         row["status"] = "ok"
     same(accumulated, expected)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_accumulation_with_a_layer_that_learns_nothing_yet(set_to_none):
+    """The head is zero, so no gradient gets behind it: that is no sign that gradients were cleared."""
+
+    def loop(parts):
+        def train(model, optimizer):
+            nn.init.zeros_(model[4].weight)
+            x, y = data(torch.float64)
+            for _ in range(3):
+                optimizer.zero_grad(set_to_none)
+                for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
+                    (functional.cross_entropy(model(a), b) / parts).backward()
+                optimizer.step()
+
+        return train
+
+    expected = run(loop(1))
+    assert len(expected) == 3 * 4
+    same(run(loop(4)), expected)
+
+
+def test_gradients_cleared_on_purpose_are_no_step():
+    """As in a GAN, where the other network's loss reaches this one's weights."""
+
+    def loop(model, optimizer):
+        x, y = data(torch.float64)
+        for _ in range(3):
+            model(x).square().mean().backward()
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    same(run(loop), run(lambda model, optimizer: plain(model, optimizer, steps=3)))
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["before the forward pass", "after it"])
+def test_gradients_cleared_before_or_after_the_forward_pass(early):
+    """A step that overflows is skipped by the scaler, and what it left is cleared at one time or the other."""
+    model = mlp()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    x, y = data()
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for step in range(3):
+            if early:
+                optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y) * (math.inf if step == 1 else 1.0)
+            if not early:
+                optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    batches = [row["batch"] for row in monitor.history if row["layer"] == "0"]
+    statuses = [row["status"] for row in monitor.history if row["layer"] == "0"]
+    assert batches == [12, 12, 12]
+    assert ["skipped" in status for status in statuses] == [False, True, False]
+    assert all(math.isfinite(row["kappa"]) for row in monitor.history if row["step"] != 1)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
@@ -345,6 +466,33 @@ def test_a_replaced_layer_or_weight_is_an_error():
                 optimizer.step()
 
 
+@pytest.mark.parametrize("change", ["prune", "parametrise"])
+def test_a_weight_that_becomes_a_function_of_others_is_an_error(change):
+    model = mlp()
+    optimizer = sgd(model)
+    monitor = LipschitzMonitor(model, optimizer)
+    if change == "prune":
+        prune.l1_unstructured(model[2], "weight", 0.5)
+    else:
+        nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.raises(LayerReplacedError, match="expected layer '2' to be the one"):
+        plain(model, optimizer)
+    monitor.close()
+
+
+def test_resume_with_other_widths_is_an_error():
+    def state(width):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
+        with LipschitzMonitor(model, sgd(model)) as monitor:
+            plain(model, monitor._optimizer)
+        return monitor, monitor.state_dict()
+
+    (monitor, _), (_, other) = state(8), state(20)
+    with pytest.raises(ResumeError, match="to have shapes"):
+        monitor.load_state_dict(other)
+
+
 def test_lbfgs_has_the_path_over_all_its_evaluations():
     model = mlp(torch.float64)
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
@@ -455,14 +603,25 @@ def test_warmup_then_every():
     assert sorted({row["step"] for row in rows}) == [2, 5, 8]
 
 
-def test_auto_keeps_to_the_budget():
-    rows = run(lambda m, o: plain(m, o, steps=60), every="auto", budget=25.0)
+@pytest.mark.parametrize(("budget", "period"), [(25.0, 16), (100.0, 4), (1e6, 1), (1.0, 400)])
+def test_auto_keeps_to_the_budget(budget, period, monkeypatch):
+    """By a clock on which a step takes one second, and a measured one five."""
+    seconds = itertools.count()
+    write = LipschitzMonitor._write
+
+    def slow_write(self, measurements):
+        for _ in range(4):
+            next(seconds)
+        return write(self, measurements)
+
+    monkeypatch.setattr("lipdyn_torch.monitor.time.perf_counter", lambda: float(next(seconds)))
+    monkeypatch.setattr(LipschitzMonitor, "_write", slow_write)
+    rows = run(lambda m, o: plain(m, o, steps=60), every="auto", budget=budget)
     steps = sorted({row["step"] for row in rows})
-    assert steps[0] == 0
-    assert 3 < len(steps) < 40
+    assert steps[:4] == [0, 2, 4, 6]  # until enough is known
+    assert all(later - earlier == period for earlier, later in itertools.pairwise(steps[3:]))
+    assert steps[-1] > 60 - period - 1
     assert {row["status"] for row in rows} == {"ok"}
-    generous = run(lambda m, o: plain(m, o, steps=40), every="auto", budget=1e6)
-    assert len({row["step"] for row in generous}) > 25
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -610,20 +610,17 @@ def test_torch_has_nothing_to_warn_of() -> None:
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_evaluation_of_a_transformer(padded: bool) -> None:
-    """Torch has a faster path for it, which rounds otherwise, and which it takes only where it finds no hooks."""
-
-    def look(run: Run) -> None:
-        model = Encoder(0.1)
-        run.watch(model, sgd(model), warmup=1)
-        model.eval()
-        mask = torch.arange(4) >= torch.tensor([[1], [2], [3], [4], [4]]) if padded else None
-        with torch.no_grad():
-            run.see("evaluation", model(sequences()[0], mask))
-
-    plain, seen = Run(None), Run({})
-    plain.train(look)
-    seen.train(look)
-    assert seen.differences(plain) == []
+    """For padded sequences torch has a faster path, taken only where there are no hooks: the same but for rounding."""
+    torch.manual_seed(0)
+    model = Encoder(0.1).eval()
+    x, _ = sequences()
+    mask = torch.arange(4) >= torch.tensor([[1], [2], [3], [4], [4]]) if padded else None
+    with torch.no_grad():
+        plain = model(x, mask)
+        with LipschitzMonitor(model, sgd(model), warmup=1):
+            seen = model(x, mask)
+        torch.testing.assert_close(seen, plain, rtol=1e-5 if padded else 0.0, atol=1e-6 if padded else 0.0)
+        assert torch.equal(model(x, mask), plain)
 
 
 @pytest.mark.parametrize("watched", [False, True])
