@@ -4,6 +4,7 @@
 """
 
 from lipdyn_torch.errors import (
+    FactorSizeError,
     LayerReplacedError,
     LipdynError,
     NoBackwardError,
@@ -17,10 +18,11 @@ from lipdyn_torch.layers import LayerRule, register_rule
 from lipdyn_torch.low_rank import LowRankSumRule
 from lipdyn_torch.monitor import LipschitzMonitor
 from lipdyn_torch.noise import GradientNoise
-from lipdyn_torch.predict import Prediction, forecast, pathwise, sde
+from lipdyn_torch.predict import Moments, Prediction, forecast, increments, moments, pathwise, sde
 from lipdyn_torch.reference import MeanGradient
 
 __all__ = [
+    "FactorSizeError",
     "GradientNoise",
     "History",
     "JsonLinesSink",
@@ -30,6 +32,7 @@ __all__ = [
     "LipschitzMonitor",
     "LowRankSumRule",
     "MeanGradient",
+    "Moments",
     "NoBackwardError",
     "NoSupportedLayerError",
     "Prediction",
@@ -37,6 +40,8 @@ __all__ = [
     "SilentHookError",
     "UnownedParametersError",
     "forecast",
+    "increments",
+    "moments",
     "pathwise",
     "read_history",
     "register_rule",

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from lipdyn_torch._bridge import Pair, Spectrum, all_finite
 from lipdyn_torch._hooks import Call, Pass, Watch
+from lipdyn_torch.errors import FactorSizeError
 from lipdyn_torch.layers import Block, working
-from lipdyn_torch.noise import GradientNoise, common_factor, mismatch, nearest_factor
+from lipdyn_torch.noise import GradientNoise, check_factor_size, common_factor, mismatch, nearest_factor
 from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
 
 __all__ = ["Caught", "collect", "settle"]
@@ -79,6 +80,7 @@ def collect(
     outer: dict[int, int],
     split: bool,
     reference: Mapping[int, Tensor] | None = None,
+    keep_gradients: bool = False,
 ) -> Caught:
     """Everything about one layer that must be known before the step; the watch is left empty."""
     if watch.refresh() and watch.passes:
@@ -98,7 +100,7 @@ def collect(
         if caught.spectrum.triplet is not None and None not in owned:
             _respond(caught, optimizer, groups, gradients, split, reference)
         if not caught.problems and caught.drift is not None:
-            _gather(caught, passes, split)
+            _gather(caught, passes, split, keep_gradients)
     caught.problems += [problem for problem in watch.problems if problem not in caught.problems]
     watch.forget()
     return caught
@@ -194,7 +196,7 @@ def _respond(
         caught.reference = seen(others)
 
 
-def _gather(caught: Caught, passes: list[Pass], split: bool) -> None:
+def _gather(caught: Caught, passes: list[Pass], split: bool, keep_gradients: bool) -> None:
     """Join micro-batches to one batch of contributions."""
     watch = caught.watch
     sums = [_sums(watch, single, caught.weights) for single in passes]
@@ -204,7 +206,8 @@ def _gather(caught: Caught, passes: list[Pass], split: bool) -> None:
     joined = [torch.cat(parts) for parts in zip(*(part for part in sums if part is not None), strict=True)]
     squares = _squares(caught, passes) if split else None
     bend = (joined[2], joined[3]) if len(joined) == 4 else None
-    caught.noise = GradientNoise.from_contributions(joined[0], joined[1], squares, caught.mean, bend)
+    gradients = _gradients(caught, passes) if keep_gradients and squares is not None else None
+    caught.noise = GradientNoise.from_contributions(joined[0], joined[1], squares, caught.mean, bend, gradients)
 
 
 def _sums(watch: Watch, single: Pass, weights: list[Tensor] | None) -> tuple[Tensor, ...] | None:
@@ -238,12 +241,31 @@ def _squares(caught: Caught, passes: list[Pass]) -> Tensor | None:
     return total
 
 
+def _gradients(caught: Caught, passes: list[Pass]) -> Tensor | None:
+    """The samples' contributions (M, m, n) themselves, all calls of a pass added up."""
+    watch, group = caught.watch, caught.spectrum.group
+    try:
+        check_factor_size((caught.batch, *caught.spectrum.matrix.shape))
+    except FactorSizeError as error:
+        caught.notes.append(f"no factor: {error}")
+        return None
+    W = None
+    if caught.weights is not None:
+        W = watch.rule.matrices(watch.module, watch.part, caught.weights)[group].double()
+    samples = []
+    for single in passes:
+        for parts in zip(*(_one_by_one(call, group) for call in single.calls), strict=True):
+            G = torch.stack(parts).sum(0).double()
+            samples.append(G if W is None else W * G)
+    return torch.stack(samples)
+
+
 def _joint_squares(single: Pass, group: int) -> Tensor | None:
     """The same for a weight used several times in a pass: per-sample gradients, one sample at a time."""
     streams = [_one_by_one(call, group) for call in single.calls]
     total: Tensor | None = None
     for parts in zip(*streams, strict=True):
-        square = torch.stack(parts).sum(0).square()
+        square = torch.stack(parts).sum(0).double().square()
         total = square if total is None else total + square
     return total
 

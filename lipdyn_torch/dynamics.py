@@ -20,11 +20,14 @@ from torch import Tensor
 __all__ = [
     "bridge_variance",
     "diffusion_variance",
+    "discrete_increments",
     "drift",
     "epoch_means",
     "expected_log_k",
+    "fisher_share",
     "log_sd_k",
     "mean_z",
+    "moving_average",
     "network_noise",
     "noise_curvature",
     "noise_strength",
@@ -145,6 +148,56 @@ def step_increments(
     """
     eta = np.asarray(lr, dtype=float)
     return eta * np.asarray(mu), eta * np.asarray(kappa), eta * np.asarray(lambda_sq)
+
+
+def discrete_increments(
+    lr: ArrayLike, mu: ArrayLike, gHg: ArrayLike, sigma: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``(d, e)`` of theory 2.2: what finite steps add to the equation, ``d - e/2`` in each (theory 2.6).
+
+    d is the curvature along the mean gradient, e the square of the relative drift.
+
+    Examples
+    --------
+    >>> d, e = discrete_increments(lr=0.1, mu=2.0, gHg=3.0, sigma=0.5)
+    >>> round(float(d), 12), round(float(e), 12)
+    (0.03, 0.04)
+    """
+    eta = np.asarray(lr, dtype=float)
+    return eta**2 * np.asarray(gHg) / (2.0 * np.asarray(sigma)), (eta * np.asarray(mu)) ** 2
+
+
+def fisher_share(lr: ArrayLike, mu: ArrayLike, lambda_sq: ArrayLike, batch: ArrayLike) -> NDArray[np.float64]:
+    """How much of the empirical Fisher information along J is noise, between 0 and 1.
+
+    With ``F = 1/M sum_i G_i G_i^T`` (elementwise, of the samples' own gradients) ``J^T F J`` is ``(M - 1) J^T Sigma J``
+    and ``<J, gbar>^2`` together. Near convergence the mean gradient vanishes and ``Sigma = F / M``: the share is then
+    1 up to 1/M, and far from it Fisher information does not tell the noise. ``mu`` must be without weight decay.
+
+    Examples
+    --------
+    >>> float(fisher_share(lr=0.1, mu=0.0, lambda_sq=0.3, batch=8))
+    1.0
+    >>> round(float(fisher_share(lr=0.1, mu=3.0, lambda_sq=0.3, batch=4)), 12)
+    0.5
+    """
+    mean_square = np.asarray(mu, dtype=float) ** 2
+    noise = (np.asarray(batch, dtype=float) - 1.0) * np.asarray(lambda_sq, dtype=float) / np.asarray(lr, dtype=float)
+    with np.errstate(invalid="ignore"):  # neither gradient nor noise: NaN
+        return np.asarray(noise / (noise + mean_square))
+
+
+def moving_average(values: ArrayLike, window: int) -> NDArray[np.float64]:
+    """Mean of each value and those before it, up to ``window`` of them.
+
+    Examples
+    --------
+    >>> moving_average([1.0, 3.0, 5.0], 2).tolist()
+    [1.0, 2.0, 4.0]
+    """
+    values = np.asarray(values, dtype=float)
+    starts = np.maximum(np.arange(len(values)) - window + 1, 0)
+    return np.array([values[start : end + 1].mean() for end, start in enumerate(starts)])
 
 
 def mean_z(z0: float, m: ArrayLike, c: ArrayLike, v_layers: ArrayLike) -> NDArray[np.float64]:

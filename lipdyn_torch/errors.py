@@ -1,8 +1,8 @@
 """What the monitor raises when it is used wrongly; numerical trouble never raises, it is written into the rows."""
 
 __all__ = [
-    *("LayerReplacedError", "LipdynError", "NoBackwardError", "NoSupportedLayerError", "RunFolderExistsError"),
-    *("SilentHookError", "UnownedParametersError"),
+    *("FactorSizeError", "LayerReplacedError", "LipdynError", "NoBackwardError", "NoSupportedLayerError"),
+    *("RunFolderExistsError", "SilentHookError", "UnownedParametersError"),
 ]
 
 
@@ -32,3 +32,7 @@ class LayerReplacedError(LipdynError, RuntimeError):
 
 class RunFolderExistsError(LipdynError, FileExistsError):
     """The folder a run would write to is there already."""
+
+
+class FactorSizeError(LipdynError, ValueError):
+    """The gradients of the samples are too many numbers to keep."""

@@ -23,6 +23,7 @@ from lipdyn_torch._measure import Measurement, network_row
 from lipdyn_torch.distributed import active, agree, share
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
 from lipdyn_torch.history import History, Sink
+from lipdyn_torch.noise import GradientNoise
 from lipdyn_torch.schedule import Schedule
 from lipdyn_torch.survey import Report, replaced, survey
 
@@ -91,8 +92,10 @@ class LipschitzMonitor:
         With "auto", per cent of the step time that measuring may take, as timed on the run.
     warmup : int
         Measure none of the first so many steps.
-    noise : {"full", "split"}
-        "split" adds the parts due to the variances and the covariances of the weights' gradients (theory 2.4).
+    noise : {"full", "split", "factor"}
+        "split" adds the parts due to the variances and the covariances of the weights' gradients (theory 2.4);
+        "factor" does so too, and keeps in `noise` the gradients of the samples, and so the low-rank factor of Sigma,
+        of layers where they are not too many numbers.
     conv : {"matrix"}
         A convolution is read as its reshaped kernel (theory 3.1).
     sampling : {"shuffle", "iid"}
@@ -120,6 +123,8 @@ class LipschitzMonitor:
         name of its class, and a module with several matrices adds a part: ``attention.q``.
     skipped : dict
         Modules with parameters that are not monitored, and why.
+    noise : dict of str to GradientNoise
+        With ``noise="factor"``: of the last measured step, by layer; empty with several processes.
 
     Notes
     -----
@@ -206,7 +211,8 @@ class LipschitzMonitor:
         self._model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self._compiled = self._model is not model or any(m._compiled_call_impl is not None for m in model.modules())
         self._optimizer = optimizer
-        self._split = noise == "split"
+        self._split, self._keep_gradients = noise != "full", noise == "factor"
+        self.noise: dict[str, GradientNoise] = {}
         self._reference = reference
         self._group = process_group
         self._schedule = Schedule(every, budget, warmup, self._agree)
@@ -445,12 +451,17 @@ class LipschitzMonitor:
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
         outer = self._switch.outer
         reference = self._mean_gradient()
-        caught = [collect(watch, self._optimizer, groups, outer, self._split, reference) for watch in self._watches]
+        caught = [
+            collect(watch, self._optimizer, groups, outer, self._split, reference, self._keep_gradients)
+            for watch in self._watches
+        ]
         outer.clear()
         _note_samples(caught)
         if active(self._group):
             share(caught, self._group)
         settle(caught)
+        if self._keep_gradients:
+            self.noise = {c.watch.name: c.noise for c in caught if isinstance(c.noise, GradientNoise)}
         if any(norm.training for norm in self._batch_norms):
             for layer in caught:
                 if layer.noise is not None:
@@ -542,7 +553,7 @@ def _check_settings(
         raise ValueError(f"expected budget to be a positive number of per cent, got {budget!r}")
     if not _whole(warmup, 0):
         raise ValueError(f"expected warmup to be a whole number of steps, got {warmup!r}")
-    choices = {"noise": (noise, ("full", "split")), "conv": (conv, ("matrix",))}
+    choices = {"noise": (noise, ("full", "split", "factor")), "conv": (conv, ("matrix",))}
     choices["sampling"] = (sampling, ("shuffle", "iid"))
     for name, (value, allowed) in choices.items():
         if value not in allowed:

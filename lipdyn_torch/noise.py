@@ -20,10 +20,26 @@ import torch
 from torch import Tensor
 
 from lipdyn_torch._bridge import Pair, Spectrum, hessian_diagonal, hessian_pairing
+from lipdyn_torch.errors import FactorSizeError
 
-__all__ = ["Averaged", "GradientNoise", "NoiseTerms", "common_factor", "mismatch", "nearest_factor"]
+__all__ = [
+    *("FACTOR_LIMIT", "Averaged", "GradientNoise", "NoiseTerms", "check_factor_size", "common_factor", "mismatch"),
+    "nearest_factor",
+]
 
 _NAN = float("nan")
+
+#: So many numbers of per-sample gradients are kept at most: 1 GiB in float64.
+FACTOR_LIMIT = 1 << 27
+
+
+def check_factor_size(shape: Sequence[int], limit: int = FACTOR_LIMIT) -> None:
+    """Raise FactorSizeError where the samples' gradients (M, m, n) are too many numbers to keep."""
+    if (size := math.prod(shape)) > limit:
+        raise FactorSizeError(
+            f"expected at most {limit} numbers in the gradients of {shape[0]} samples, got {size} of shape "
+            f"{tuple(shape)}; raise limit, or do without the factor: GradientNoise.terms never needs it"
+        )
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,10 @@ class GradientNoise:
     bend : pair of Tensor (M, r), optional
         Where the matrix is not linear in its parameters: factors ``a_i``, ``b_i`` of what a step adds in the second
         order, ``u^T B_i v = a_i . b_i``.
+    gradients : Tensor (M, m, n), optional
+        The ``G_i`` themselves, needed for `factor` and `square_root` only.
+    population : int, optional
+        Number N of samples that the M were drawn from without replacement: Sigma then has the factor 1 - M/N.
 
     Examples
     --------
@@ -130,6 +150,39 @@ class GradientNoise:
     squares: Tensor | None = None
     mean: Tensor | None = None
     bend: tuple[Tensor, Tensor] | None = None
+    gradients: Tensor | None = None
+    population: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.population is not None and not self.batch <= self.population:
+            raise ValueError(f"expected a population of at least the {self.batch} samples, got {self.population}")
+
+    @classmethod
+    def from_gradients(
+        cls, gradients: Tensor, spectrum: Spectrum, *, population: int | None = None, limit: int = FACTOR_LIMIT
+    ) -> GradientNoise:
+        """Everything from the samples' gradients ``G_i`` (M, m, n), mean and variance part included.
+
+        Raises FactorSizeError where they are more than ``limit`` numbers.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from lipdyn_torch._bridge import read_spectrum
+        >>> spectrum = read_spectrum(torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64)))
+        >>> G = torch.arange(12, dtype=torch.float64).reshape(3, 2, 2).sin()
+        >>> noise = GradientNoise.from_gradients(G, spectrum)
+        >>> F, J = noise.factor(), torch.outer(spectrum.u, spectrum.v)
+        >>> terms = noise.terms(spectrum)
+        >>> bool(torch.isclose((F @ J.flatten()).square().sum(), torch.tensor(terms.noise).double()))
+        True
+        >>> root = noise.square_root(J)  # Sigma^(1/2) J, whose square is the same
+        >>> bool(torch.isclose(root.square().sum(), torch.tensor(terms.noise).double()))
+        True
+        """
+        check_factor_size(gradients.shape, limit)
+        G = gradients.double()
+        return cls(G @ spectrum.v, G.mT @ spectrum.u, G.square().sum(0), G.mean(0), None, G, population)
 
     @classmethod
     def from_contributions(
@@ -139,23 +192,56 @@ class GradientNoise:
         squares: Tensor | None = None,
         mean: Tensor | None = None,
         bend: tuple[Tensor, Tensor] | None = None,
+        gradients: Tensor | None = None,
     ) -> GradientNoise:
         """From what each sample *contributed* to the gradient: contributions sum to it, so ``G_i`` is M times one.
 
         This holds for losses averaged and summed over the batch, and for accumulated micro-batches, alike.
         """
-        return cls(p, q, squares, mean, bend).scaled(len(p))
+        return cls(p, q, squares, mean, bend, gradients).scaled(len(p))
 
     def scaled(self, factor: float) -> GradientNoise:
         """The samples' gradients times a factor; ``mean``, which was seen by itself, stays."""
         squares = None if self.squares is None else factor**2 * self.squares
         bend = None if self.bend is None else (factor * self.bend[0], factor * self.bend[1])
-        return GradientNoise(factor * self.p, factor * self.q, squares, self.mean, bend)
+        gradients = None if self.gradients is None else factor * self.gradients
+        return GradientNoise(factor * self.p, factor * self.q, squares, self.mean, bend, gradients, self.population)
 
     @property
     def batch(self) -> int:
         """M, the number of samples."""
         return len(self.p)
+
+    @property
+    def _norm(self) -> float:
+        """What the sum over the samples of the centred outer products is multiplied by; NaN for a batch of one."""
+        if self.batch < 2:
+            return _NAN
+        finite = 1.0 if self.population is None else 1.0 - self.batch / self.population
+        return finite / (self.batch * (self.batch - 1))
+
+    def factor(self) -> Tensor:
+        """F (M, m n) with ``Sigma = F^T F``, matrices flattened by rows; NaN for a batch of one (theory 2.3).
+
+        Raises ValueError unless ``gradients`` were kept.
+        """
+        if self.gradients is None:
+            raise ValueError("expected gradients for the factor, got none; use from_gradients or noise='factor'")
+        centred = self.gradients - self.gradients.mean(0)
+        return math.sqrt(self._norm) * centred.flatten(1) if self.batch > 1 else centred.flatten(1) * _NAN
+
+    def square_root(self, X: Tensor) -> Tensor:
+        """``Sigma^(1/2)`` applied to a matrix X (m, n), in float64 (theory 2.3).
+
+        By the Gram matrix (M, M) of the factor and its pseudo-inverse: it always has a null vector, so that the inverse
+        root of the literature does not exist.
+        """
+        F = self.factor()
+        w, Q = torch.linalg.eigh(F @ F.mT)
+        kept = w > 1e-12 * w[-1]
+        inverse_root = torch.where(kept, w.where(kept, torch.ones_like(w)).rsqrt(), torch.zeros_like(w))
+        seen = Q.mT @ (F @ X.double().flatten())
+        return (F.mT @ (Q @ (inverse_root * seen))).reshape(X.shape)
 
     @cached_property
     def means(self) -> Pair:
@@ -181,7 +267,7 @@ class GradientNoise:
         scores = self.p @ u
         noise = noise_curvature = _NAN
         if self.batch > 1:
-            norm = 1.0 / (self.batch * (self.batch - 1))
+            norm = self._norm
             noise = norm * float((p @ u).square().sum())
             noise_curvature = norm * (math.fsum(forms) + 2.0 * self._bending())
         noise_var, noise_curvature_var = self._variance_part(spectrum)
@@ -206,7 +292,7 @@ class GradientNoise:
         if self.squares is None or self.mean is None or self.batch < 2:
             return _NAN, _NAN
         variance = self.squares - self.batch * self.mean.square()
-        variance = variance.clamp_min(0) / (self.batch * (self.batch - 1))  # rounding must not make it negative
+        variance = self._norm * variance.clamp_min(0)  # rounding must not make it negative
         jacobian_squared = torch.outer(spectrum.u.square(), spectrum.v.square())
         diagonal = hessian_diagonal(spectrum)
         return float((jacobian_squared * variance).sum()), float((diagonal * variance).sum())

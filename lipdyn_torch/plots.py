@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lipdyn_torch.dynamics import step_increments
+from lipdyn_torch.dynamics import moving_average, step_increments
 from lipdyn_torch.history import NETWORK, History
 from lipdyn_torch.predict import SDE, Prediction, observed, pathwise, sde
 
@@ -255,9 +255,9 @@ def split_figure(history: History | pd.DataFrame, context: str = "paper") -> Fig
         for axes, column, title in zip(
             panels, ("kappa", "lambda_sq"), ("noise curvature $\\kappa$", "noise $\\lambda^2$"), strict=True
         ):
-            at = _moving_average(rows["step"].to_numpy(float), window)
+            at = moving_average(rows["step"].to_numpy(float), window)
             for part, (color, dash, label) in styles.items():
-                values = _moving_average(rows[column + part].to_numpy(float), window)
+                values = moving_average(rows[column + part].to_numpy(float), window)
                 axes.plot(at, values, color=color, linestyle=dash, label=label)
                 if part:
                     axes.fill_between(at, 0.0, values, color=color, alpha=0.12, linewidth=0)
@@ -319,8 +319,8 @@ def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
         for name, color, dash in _layer_styles(frame):
             rows = frame[frame["layer"] == name]
-            mean = _moving_average(rows[column].to_numpy(float), window)
-            at = _moving_average(rows["step"].to_numpy(float), window)
+            mean = moving_average(rows[column].to_numpy(float), window)
+            at = moving_average(rows["step"].to_numpy(float), window)
             axes.plot(at, mean, color=color, linestyle=dash, label=name)
         axes.set(xlabel="optimiser step", title=title)
         if column != "mu" and np.nansum(frame[column].to_numpy(float)) > 0:
@@ -400,7 +400,3 @@ def _window(frame: pd.DataFrame) -> int:
 
 def _frame(history: History | pd.DataFrame) -> pd.DataFrame:
     return history.to_pandas() if isinstance(history, History) else history
-
-
-def _moving_average(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    return np.convolve(values, np.full(window, 1.0 / window), mode="valid") if len(values) >= window else values

@@ -10,18 +10,26 @@ of independent batches) it is a prediction at the visited weights. `forecast` fr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lipdyn_torch.dynamics import bridge_variance, diffusion_variance, epoch_means, mean_z, step_increments
+from lipdyn_torch.dynamics import (
+    bridge_variance,
+    diffusion_variance,
+    discrete_increments,
+    epoch_means,
+    log_sd_k,
+    mean_z,
+    step_increments,
+)
 from lipdyn_torch.history import NETWORK, History
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SDE", "Prediction", "forecast", "observed", "pathwise", "sde"]
+__all__ = ["SDE", "Moments", "Prediction", "forecast", "increments", "moments", "observed", "pathwise", "sde"]
 
 
 #: Where the drift comes from, the name says (theory 2.7).
@@ -138,17 +146,124 @@ def sde(
     >>> prediction.predicted.tolist(), prediction.half_width.tolist()
     ([1.0, 1.13], [0.0, 0.2])
     """
+    path = _path(_frame(history), layer, gradient, sampling, dataset_size)
+    step, z = observed(history, layer)
+    return Prediction(f"SDE, {gradient} gradient", step, path.mean, z, np.sqrt(path.variance))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and spread of Z = log K and of K over draws of the batches; entry j is the state after j monitored steps.
+
+    K is log-normal where Z is Gaussian, which needs terms that do not depend on the path (theory 2.5). Logarithms are
+    natural.
+
+    Attributes
+    ----------
+    step : array (n + 1,)
+        Number of optimiser steps taken.
+    z_mean, z_sd : array (n + 1,)
+        Mean and standard deviation of Z.
+    log_mean, log_sd : array (n + 1,)
+        Logarithms of the mean and of the standard deviation of K.
+    """
+
+    step: NDArray[np.int64]
+    z_mean: NDArray[np.float64]
+    z_sd: NDArray[np.float64]
+    log_mean: NDArray[np.float64]
+    log_sd: NDArray[np.float64]
+
+
+def moments(
+    history: History | pd.DataFrame,
+    layer: str = NETWORK,
+    *,
+    gradient: str = "full",
+    sampling: str | None = None,
+    dataset_size: int | None = None,
+    independent_layers: bool = False,
+) -> Moments:
+    """E[K] and Var[K] of the network, or of one layer's sigma, along the run (theory 2.2, 2.9, 2.10).
+
+    Parameters
+    ----------
+    gradient, sampling, dataset_size
+        As in `sde`. The batches that made the steps carry the very noise that is averaged over here: "batch" makes the
+        mean of K too large by the factor exp(Var Z / 2) (theory 2.7).
+    independent_layers : bool
+        Leave out the covariances between layers, as the paper does.
+
+    Examples
+    --------
+    >>> row = {"layer": "network", "lr": 0.1, "batch": 4, "kappa": 0.5, "dz": 0.15, "status": "ok"}
+    >>> layer = {**row, "step": 0, "layer": "0", "z": 1.0, "mu": 1.0, "lambda_sq": 0.4}
+    >>> network = {**layer, "layer": "network", "lambda_sq": 0.6}
+    >>> found = moments(History([layer, network]), gradient="batch", sampling="iid")
+    >>> found.z_mean.tolist(), [round(x, 12) for x in found.log_mean.tolist()]  # 1 + 0.15 - 0.04/2, and + 0.06/2
+    ([1.0, 1.13], [1.0, 1.16])
+    """
+    path = _path(_frame(history), layer, gradient, sampling, dataset_size, independent_layers)
+    step, _ = observed(history, layer)
+    log_mean = path.mean + path.variance / 2
+    return Moments(step, path.mean, np.sqrt(path.variance), log_mean, log_sd_k(log_mean, path.variance))
+
+
+def increments(history: History | pd.DataFrame, layer: str = NETWORK) -> pd.DataFrame:
+    """What each monitored step adds: a table with the columns step, m, c, v, v_independent, d, e (theory 2.2).
+
+    Of the network, ``v`` has the covariances between layers (theory 2.9), ``v_independent`` is the layers' own sum as
+    in the paper; d and e are sums over the layers. Of one layer both variances are the same.
+
+    Examples
+    --------
+    >>> terms = {"step": 0, "lr": 0.1, "mu": 1.0, "kappa": 0.5, "lambda_sq": 0.4, "sigma": 2.0}
+    >>> layers = [{**terms, "layer": name, "gHg": 4.0} for name in "01"]
+    >>> table = increments(History([*layers, {**terms, "layer": "network", "mu": 2.0, "lambda_sq": 0.6}]))
+    >>> [[round(x, 12) for x in row] for row in table.to_numpy().tolist()]
+    [[0.0, 0.2, 0.05, 0.06, 0.08, 0.02, 0.02]]
+    """
+    import pandas as pd
+
     frame = _frame(history)
+    rows = _rows(frame, layer)
+    m, c, v = step_increments(rows["lr"], rows["mu"], rows["kappa"], rows["lambda_sq"])
+    own = frame[frame["layer"] != NETWORK] if layer == NETWORK else rows
+    d, e = discrete_increments(own["lr"], own["mu"], own["gHg"], own["sigma"])
+    sums = pd.DataFrame({"step": own["step"].to_numpy(), "d": d, "e": e}).groupby("step", sort=True)
+    of_layers = {name: sums[name].agg(lambda x: x.sum(skipna=False)).to_numpy() for name in ("d", "e")}
+    independent = _sum_of_layer_variances(frame) if layer == NETWORK else v
+    step = rows["step"].to_numpy()
+    return pd.DataFrame({"step": step, "m": m, "c": c, "v": v, "v_independent": independent, **of_layers})
+
+
+class _Path(NamedTuple):
+    """Mean and variance of Z at every monitored state."""
+
+    mean: NDArray[np.float64]
+    variance: NDArray[np.float64]
+
+
+def _path(
+    frame: pd.DataFrame,
+    layer: str,
+    gradient: str,
+    sampling: str | None,
+    dataset_size: int | None,
+    independent_layers: bool = False,
+) -> _Path:
     sampling = sampling or frame.attrs.get("sampling", "shuffle")
     dataset_size = dataset_size or frame.attrs.get("dataset_size")
     if sampling not in ("iid", "shuffle"):
         raise ValueError(f"expected sampling 'iid' or 'shuffle', got {sampling!r}")
-    rows = _rows(history, layer)
-    step, z = observed(history, layer)
+    rows = _rows(frame, layer)
+    step, z = observed(frame, layer)
     # A monitored step stands for all steps up to the next monitored one.
     repeat = np.append(np.diff(step[:-1]), 1)
     m, c, v = step_increments(rows["lr"], rows[_drift_column(frame, gradient)], rows["kappa"], rows["lambda_sq"])
     v_layers = _sum_of_layer_variances(frame) if layer == NETWORK else v
+    if independent_layers:
+        v = v_layers
     m, c, v, v_layers = (np.repeat(a, repeat) for a in (m, c, v, v_layers))
     states = np.append(0, np.cumsum(repeat))
     if sampling == "iid":
@@ -160,8 +275,7 @@ def sde(
         variance = bridge_variance(epoch_means(v, batch, dataset_size), batch, dataset_size)
     if gradient == "independent":
         variance = variance + diffusion_variance(v)
-    predicted = mean_z(float(z[0]), m, c, v_layers)[states]
-    return Prediction(f"SDE, {gradient} gradient", step, predicted, z, np.sqrt(variance)[states])
+    return _Path(mean_z(float(z[0]), m, c, v_layers)[states], variance[states])
 
 
 def forecast(

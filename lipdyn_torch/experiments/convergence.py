@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lipdyn_torch.dynamics import moving_average
 from lipdyn_torch.experiments import training
 from lipdyn_torch.experiments.data import load
 from lipdyn_torch.experiments.frames import groups, records
@@ -64,7 +65,7 @@ def _run(point: Point, context: Context) -> list[Row]:
         context["steps"], context["batch"], context["lr"], seed=context.seed, every=context["every"], noise="split"
     )
     run = training.train(model, images, plan)
-    loss = training.moving_average(run.losses, context["window"])
+    loss = moving_average(run.losses, context["window"])
     columns = ["step", "layer", "lr", "z", "dz", "dz2", *FORCES, *PARTS, "eps"]
     rows: list[Row] = records(run.frame[columns])
     for row in rows:

@@ -19,7 +19,7 @@ from lipdyn_torch.monitor import LipschitzMonitor
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Plan", "Run", "batch_indices", "log_k", "moving_average", "train"]
+__all__ = ["Plan", "Run", "batch_indices", "log_k", "train"]
 
 
 @dataclass(frozen=True)
@@ -148,21 +148,6 @@ def log_k(model: nn.Module) -> float:
         gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
         total += 0.5 * math.log(float(torch.linalg.eigvalsh(gram)[-1]))
     return total
-
-
-def moving_average(values: list[float], window: int) -> list[float]:
-    """Mean of each value and those before it, up to ``window``.
-
-    Examples
-    --------
-    >>> moving_average([1.0, 3.0, 5.0], 2)
-    [1.0, 2.0, 4.0]
-    """
-    out, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        out.append(total / min(i + 1, window))
-    return out
 
 
 def network(frame: pd.DataFrame) -> pd.DataFrame:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import subprocess
 import sys
 
@@ -10,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from lipdyn_torch import History, JsonLinesSink, LipschitzMonitor, pathwise, read_history, sde
+from lipdyn_torch import (
+    History,
+    JsonLinesSink,
+    LipschitzMonitor,
+    dynamics,
+    increments,
+    moments,
+    paper,
+    pathwise,
+    read_history,
+    sde,
+)
 from lipdyn_torch._bridge import cluster_values, read_spectrum, taylor
 from lipdyn_torch.predict import SDE, forecast
 from lipdyn_torch.reference import MeanGradient
@@ -279,3 +292,107 @@ def test_import_is_light():
     code = "import sys, lipdyn_torch; print([m for m in ('pandas', 'matplotlib', 'sklearn') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("layer", ["network", "first"])
+def test_increments_are_those_of_the_rows(case, layer):
+    monitor = monitored(case, steps=3)
+    layer = monitor.layers[0] if layer == "first" else layer
+    table = increments(monitor.history, layer)
+    for j, found in enumerate(table.to_dict("records")):
+        rows = [row for row in monitor.history if row["step"] == j]
+        own = [row for row in rows if row["layer"] == layer]
+        parts = [row for row in rows if row["layer"] != "network"] if layer == "network" else own
+        expected = {
+            "step": j,
+            "m": own[0]["lr"] * own[0]["mu"],
+            "c": own[0]["lr"] * own[0]["kappa"],
+            "v": own[0]["lr"] * own[0]["lambda_sq"],
+            "v_independent": sum(row["lr"] * row["lambda_sq"] for row in parts),
+            "d": sum(row["lr"] ** 2 * row["gHg"] / (2 * row["sigma"]) for row in parts),
+            "e": sum((row["lr"] * row["mu"]) ** 2 for row in parts),
+        }
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_discrete_terms_bring_the_mean_of_a_step_nearer(mlp_case):
+    """The mean of log sigma over all batches of three: d - e/2 is what the equation leaves out (theory 2.6)."""
+    model = mlp_case.model()
+    x, y = mlp_case.data()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def first_step(chosen):
+        model.load_state_dict(start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        optimizer.zero_grad()
+        with LipschitzMonitor(model, optimizer) as monitor:
+            mlp_case.loss(model(x[chosen]), y[chosen]).backward()
+            optimizer.step()
+        return monitor.history.rows[0]["dz"], increments(monitor.history, "0").iloc[0]
+
+    changes, tables = zip(*(first_step(list(b)) for b in itertools.combinations(range(len(x)), 3)), strict=True)
+    _, full = first_step(list(range(len(x))))
+    finite = 1 - 3 / len(x)  # without replacement
+    c, v = (finite * np.mean([table[name] for table in tables]) for name in ("c", "v"))
+    truth, equation = np.mean(changes), full["m"] + c - v / 2
+    assert abs(equation + full["d"] - full["e"] / 2 - truth) < 0.1 * abs(equation - truth)
+
+
+def test_moments_of_the_bound(case):
+    monitor = monitored(case, steps=5, dataset_size=5 * case.batch)
+    frame = monitor.history.to_pandas()
+    table = increments(frame)
+    z0 = float(frame["z"][frame["layer"] == "network"].iloc[0])
+    found = moments(frame, gradient="batch", sampling="iid")
+    log_mean = dynamics.expected_log_k(z0, table["m"], table["c"], table["v"], table["v_independent"])
+    np.testing.assert_allclose(found.log_mean, log_mean, rtol=1e-12)
+    np.testing.assert_allclose(found.z_sd**2, dynamics.diffusion_variance(table["v"]), rtol=1e-12)
+    np.testing.assert_allclose(found.log_sd, dynamics.log_sd_k(log_mean, found.z_sd**2))
+    shuffled = moments(frame, gradient="batch")
+    assert shuffled.z_sd[-1] == pytest.approx(0.0, abs=1e-6)  # the epoch is over
+    np.testing.assert_allclose(shuffled.z_mean, found.z_mean)
+    alone = moments(frame, gradient="batch", sampling="iid", independent_layers=True)
+    np.testing.assert_allclose(alone.z_sd**2, np.append(0.0, np.cumsum(table["v_independent"])), rtol=1e-12)
+    with pytest.raises(ValueError, match="full gradient"):
+        moments(frame)
+
+
+def test_the_formulas_of_the_paper(case):
+    """Its symbols, summed by hand; and they are what the predictors give for independent layers and batches."""
+    monitor = monitored(case, steps=4)
+    layers = [[r for r in monitor.history if r["step"] == k and r["layer"] != "network"] for k in range(4)]
+    z = z0 = sum(math.log(row["sigma"]) for row in layers[0])
+    log_mean, variance = z0, 0.0
+    curves = paper.integral_Z, paper.expectation_K, paper.variance_Z, paper.variance_K
+    found = [curve(monitor.history) for curve in curves]
+    for k, rows in enumerate(layers):
+        drift = sum(row["lr"] * row["mu"] for row in rows)
+        curvature = sum(row["lr"] * row["kappa"] for row in rows)
+        noise = sum(row["lr"] * row["lambda_sq"] for row in rows)
+        z, log_mean, variance = z + drift + curvature - noise / 2, log_mean + drift + curvature, variance + noise
+        of_k = 2 * log_mean + math.log(math.expm1(variance))
+        for curve, value in zip(found, (z, log_mean, variance, of_k), strict=True):
+            assert curve[k + 1] == pytest.approx(value, rel=1e-10)
+    assert [len(curve) for curve in found] == [5] * 4
+    assert found[3][0] == -math.inf
+    alone = moments(monitor.history, gradient="batch", sampling="iid", independent_layers=True)
+    np.testing.assert_allclose(found[0], alone.z_mean, rtol=1e-12)
+    np.testing.assert_allclose(found[1], alone.log_mean, rtol=1e-12)
+    np.testing.assert_allclose(found[3][1:], 2 * alone.log_sd[1:], rtol=1e-12)
+
+
+def test_fisher_information_and_noise(mlp_case):
+    """The share of the literal empirical Fisher matrix, seen by J, that is noise."""
+    model = mlp_case.model()
+    optimizer = mlp_case.optimizer(model)
+    with LipschitzMonitor(model, optimizer, noise="factor") as monitor:
+        spectra = {watch.name: watch.spectrum for watch in monitor._watches}
+        mlp_case.step(model, optimizer)
+    for row in monitor.history.rows[:-1]:
+        spectrum, G = spectra[row["layer"]], monitor.noise[row["layer"]].gradients
+        seen = torch.einsum("m,imn,n->i", spectrum.u, G, spectrum.v)
+        fisher = float(seen.square().mean())  # J^T F J
+        share = 1 - float(seen.mean() ** 2) / fisher
+        found = dynamics.fisher_share(row["lr"], row["mu"], row["lambda_sq"], row["batch"])
+        assert float(found) == pytest.approx(share, rel=1e-10)
+    assert math.isnan(dynamics.fisher_share(0.1, 0.0, 0.0, 4))
