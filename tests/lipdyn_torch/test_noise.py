@@ -121,6 +121,7 @@ def test_what_has_no_factor_says_so(monkeypatch):
 
     register_rule(Adapted, LowRankSumRule("base.weight", "up.weight", "down.weight"))
     model = Adapted()
+    model.base.requires_grad_(False)
     optimizer = torch.optim.SGD([*model.down.parameters(), *model.up.parameters()], lr=0.1)
     with LipschitzMonitor(model, optimizer, noise="factor") as monitor:
         model(torch.randn(5, 4)).square().mean().backward()
