@@ -40,6 +40,8 @@ class FallbackRule(LayerRule):
         """Only modules without trained submodules, and with a matrix, are run again."""
         if isinstance(module, _NO_FALLBACK):
             return f"recurrent layer {type(module).__name__}: no rule"
+        if isinstance(module, nn.ParameterList | nn.ParameterDict):
+            return f"{type(module).__name__} has no forward pass: register a rule for the module that uses it"
         if hasattr(module, "parametrizations") or isinstance(module, ParametrizationList):
             return "its weight is computed from other parameters (a parametrisation)"
         if any(True for child in module.children() for _ in child.parameters()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from types import TracebackType
@@ -500,10 +501,12 @@ class LipschitzMonitor:
 def _note_samples(layers: list[Caught]) -> None:
     """Say in every row what makes M doubtful: layers that disagree on it, and samples without any gradient."""
     known = [layer for layer in layers if layer.noise is not None]
-    sizes = {layer.batch for layer in known}
+    sizes = Counter(layer.batch for layer in known)
     if len(sizes) > 1:
+        (usual, most), (_, second) = sizes.most_common(2)
         for layer in known:
-            layer.notes.append(f"{UNEQUAL}: {', '.join(map(str, sorted(sizes)))}")
+            if layer.batch != usual or most == second:
+                layer.notes.append(f"{UNEQUAL}: {', '.join(map(str, sorted(sizes)))}")
         return
     if not known:
         return

@@ -50,6 +50,9 @@ class Prediction:
     half_width : array (n + 1,)
         Half the band's width in the same unit: one standard deviation for `sde` and `forecast`, the certified bound
         of the error for `pathwise` (infinite once a step was longer than the certificate reaches); NaN where unknown.
+    observed_steps : int
+        For `pathwise`: how many steps were so long beside the gaps that no expansion was made, and the observed change
+        of a layer stands in for the predicted one (mode "exact"). The errors of these are zero by construction.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Prediction:
     predicted: NDArray[np.float64]
     observed: NDArray[np.float64]
     half_width: NDArray[np.float64]
+    observed_steps: int = 0
 
     @property
     def error(self) -> NDArray[np.float64]:
@@ -111,7 +115,8 @@ def pathwise(history: History | pd.DataFrame, order: int = 2, layer: str = NETWO
         )
     changes = rows[f"dz{order}"].to_numpy(float)
     predicted = z[0] + np.concatenate([[0.0], np.cumsum(changes)])
-    return Prediction(f"pathwise, order {order}", step, predicted, z, _certificate(history, order, layer))
+    exact = int((rows["mode"] == "exact").sum()) if "mode" in rows else 0
+    return Prediction(f"pathwise, order {order}", step, predicted, z, _certificate(history, order, layer), exact)
 
 
 def sde(

@@ -39,8 +39,8 @@ class LipschitzCallback(TrainerCallback):
 
     Notes
     -----
-    The Trainer clips gradients by default. A clipped gradient is no longer the sum of the samples' contributions;
-    ``max_grad_norm=0`` in the `TrainingArguments` turns clipping off.
+    The Trainer clips gradients by their norm by default. The monitor finds the factor and takes it into account; the
+    status of such a step names it.
 
     With each checkpoint its state is saved as ``lipdyn_monitor.pt``; training resumed from a checkpoint in
     ``output_dir`` continues history and step count. The Trainer does not tell callbacks of exceptions: after one,

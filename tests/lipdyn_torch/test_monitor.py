@@ -216,7 +216,7 @@ def test_step_without_backward(mlp_case, steps_before):
         ({"budget": 0}, "expected budget to be a positive number of per cent, got 0"),
         ({"warmup": -1}, "expected warmup to be a whole number of steps, got -1"),
         ({"every": True}, "expected every to be a whole number .* got True"),
-        ({"noise": "sketch"}, "expected noise to be 'full' or 'split', got 'sketch'"),
+        ({"noise": "sketch"}, "expected noise to be 'full' or 'split' or 'factor', got 'sketch'"),
         ({"conv": "operator"}, "expected conv to be 'matrix', got 'operator'"),
         ({"sampling": "sorted"}, "expected sampling to be 'shuffle' or 'iid', got 'sorted'"),
         ({"dataset_size": 0}, "expected dataset_size to be a positive whole number or None, got 0"),
@@ -515,3 +515,19 @@ def test_log_k_is_that_of_the_weights(mlp_case):
         mlp_case.step(model, optimizer)
         assert monitor.log_k == pytest.approx(truth(), abs=1e-12)
         assert repr(monitor) == "LipschitzMonitor(3 layers, 1 steps seen, attached)"
+
+
+def test_a_list_of_parameters_is_no_layer():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrices = nn.ParameterList([torch.randn(4, 3), torch.randn(3, 4)])
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(x @ self.matrices[0])
+
+    model = Listed()
+    with LipschitzMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1)) as monitor:
+        assert monitor.layers == ["head"]
+        assert "ParameterList has no forward pass: register a rule" in monitor.skipped["matrices"]

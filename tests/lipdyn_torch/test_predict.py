@@ -396,3 +396,10 @@ def test_fisher_information_and_noise(mlp_case):
         found = dynamics.fisher_share(row["lr"], row["mu"], row["lambda_sq"], row["batch"])
         assert float(found) == pytest.approx(share, rel=1e-10)
     assert math.isnan(dynamics.fisher_share(0.1, 0.0, 0.0, 4))
+
+
+def test_steps_that_were_only_observed_are_counted(mlp_case):
+    frame = monitored(mlp_case, steps=4).history.to_pandas()
+    assert pathwise(frame).observed_steps == 0
+    frame.loc[(frame["step"] == 2) & (frame["layer"] == "network"), "mode"] = "exact"
+    assert pathwise(frame).observed_steps == 1

@@ -149,6 +149,26 @@ def test_autocast_gives_terms_in_true_units(dtype, rel):
             assert row[key] == pytest.approx(expected[key], rel=rel, abs=rel * scale * 0.2), key
 
 
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_clipping_by_value_is_noticed_in_half_precision(share):
+    """The rounding of 256 samples averages out; what a tenth of the entries lose does not."""
+    model = mlp()
+    optimizer = sgd(model)
+    x, y = data(samples=256)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for clip in (False, True):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            if clip:
+                torch.nn.utils.clip_grad_value_(model.parameters(), float(model[4].weight.grad.abs().quantile(share)))
+            optimizer.step()
+    statuses = {(row["step"], row["layer"]): row["status"] for row in monitor.history}
+    assert statuses[0, "4"] == "ok"
+    assert "do not sum to the gradient" in statuses[1, "4"]
+
+
 def test_a_step_skipped_by_the_scaler_is_a_row_without_forces():
     model = mlp()
     optimizer = sgd(model)
