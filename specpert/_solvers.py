@@ -170,12 +170,12 @@ def isolated_top(
     single = np.dtype(np.complex64 if np.issubdtype(full, np.complexfloating) else np.float32)
     for dtype in (single, full) if rtol >= SINGLE_FROM else (full,):
         B, K = gram.matrix(dtype)
-        product = gram if dtype == single else K.__matmul__
+        product = gram if dtype == single else K.__matmul__  # K itself where it is as precise: it is the smaller
         for attempt in ("start", "Lanczos"):
             try:
                 a = start if attempt == "start" else _lanczos_top(product, len(K), full)
                 if a is not None:
-                    return *_polished(gram, K, a, rtol), B
+                    return *_polished(gram, product, K, a, rtol), B
             except _TooCloseError:
                 break
             except (ConvergenceError, np.linalg.LinAlgError):
@@ -185,10 +185,12 @@ def isolated_top(
     return w[::-1], u, CholeskySolver(K, u, float(w[1]), gram), B
 
 
-def _polished(gram: Gram, K: np.ndarray, a: np.ndarray, rtol: float) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
+def _polished(
+    gram: Gram, product: Product, K: np.ndarray, a: np.ndarray, rtol: float
+) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
     """As `isolated_top`, from a vector that must be near; raises numpy.linalg.LinAlgError where it is not."""
     rounding = float(np.finfo(a.dtype).eps)
-    theta, residual = _rayleigh(gram, a)
+    theta, residual = _rayleigh(product, a)
     solver = CholeskySolver(K, a, theta, gram)
     u, size = a, float(np.linalg.norm(residual))
     for _ in range(8):
@@ -198,14 +200,14 @@ def _polished(gram: Gram, K: np.ndarray, a: np.ndarray, rtol: float) -> tuple[np
         correction = solver.rough(residual)
         better = u + correction - a @ (a.conj().T @ correction)
         better = better / np.linalg.norm(better)
-        quotient, residual = _rayleigh(gram, better)
+        quotient, residual = _rayleigh(product, better)
         if (left := float(np.linalg.norm(residual))) > size / 2:
             break
         u, theta, size = better, quotient, left
     if size > len(K) * rounding * theta:
         raise np.linalg.LinAlgError("the start is too far from the top vector")
     drift = float(np.linalg.norm(u - a @ (a.conj().T @ u)))
-    second, error = _next_value(gram, u, solver, rtol)
+    second, error = _next_value(product, u, solver, rtol)
     if theta - second <= 10 * error:  # so close that the estimate would decide whether it is a tie
         raise np.linalg.LinAlgError("the next value is not known well enough")
     if not solver.precise and rtol * (theta - second) < _SINGLE_ERROR * float(np.finfo(K.dtype).eps) * theta:
@@ -240,20 +242,20 @@ def followed(gram: Gram, u: np.ndarray, solver: Solver, gap: float) -> np.ndarra
     raise ConvergenceError("expected a matrix nearby, got one whose top singular vector is far from the known one")
 
 
-def _rayleigh(gram: Gram, u: np.ndarray) -> tuple[float, np.ndarray]:
+def _rayleigh(product: Product, u: np.ndarray) -> tuple[float, np.ndarray]:
     """The Rayleigh quotient of a unit column, and its residual."""
-    Ku = gram(u)
+    Ku = product(u)
     quotient = float((u.conj().T @ Ku).real[0, 0])
     return quotient, Ku - quotient * u
 
 
 def _lanczos_top(product: Product, r: int, dtype: Any) -> np.ndarray:
     start = np.random.default_rng(0).standard_normal(r).astype(dtype)
-    _, X = _lanczos(product, r, 1, start, dtype, 1e-11)  # so accurate that one factorisation will do
+    _, X = _lanczos(product, r, 1, start, dtype, 1e-10)  # so accurate that one factorisation will do
     return X
 
 
-def _next_value(gram: Gram, u: np.ndarray, solver: CholeskySolver, rtol: float) -> tuple[float, float]:
+def _next_value(product: Product, u: np.ndarray, solver: CholeskySolver, rtol: float) -> tuple[float, float]:
     """Upper estimate of the largest eigenvalue of K on the complement of u, and the residual of its vector.
 
     By Lanczos on the inverse, less the 1 / theta that it has for a value zero: K / (theta (theta I - K)). What a random
@@ -272,12 +274,12 @@ def _next_value(gram: Gram, u: np.ndarray, solver: CholeskySolver, rtol: float) 
     better = outside(solver(x, rounds=1)) - x / theta
     if (size := float(np.linalg.norm(better))) > rounding / theta:
         x = better / size
-    value, residual = _rayleigh(gram, x)
+    value, residual = _rayleigh(product, x)
     slack = (tol * value + rounding * (theta - value)) * (theta - value) / theta
     if value < theta / 2 and not solver.precise:  # the inverse has no advantage, and its factor errors of eps theta
         tol, rounding = 1e-8, 16 * float(np.finfo(u.dtype).eps)
-        x = largest(lambda x: outside(gram(x)), x, tol, rounding * theta)
-        value, residual = _rayleigh(gram, x)
+        x = largest(lambda x: outside(product(x)), x, tol, rounding * theta)
+        value, residual = _rayleigh(product, x)
         slack = tol * value + rounding * theta
     error = float(np.linalg.norm(residual))
     return value + error + hidden * slack, error

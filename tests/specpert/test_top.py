@@ -220,7 +220,7 @@ def test_gap_to_a_small_second_value(second, rtol):
     s = np.append([1.0, second], second * np.linspace(0.5, 1e-3, 254))
     A = with_spectrum(np.random.default_rng(0), 256, 256, s)
     gap = singular_triplet(A, rtol=rtol).gap  # at most a little too small, never too large
-    assert 1 - second - max(rtol, 1e-6) <= gap <= 1 - second + 1e-13
+    assert 1 - second - max(rtol, 1e-5) <= gap <= 1 - second + 1e-13
 
 
 @pytest.mark.parametrize("share", [1e-3, 1e-6])
