@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 DEMO_ARGS ?= --out demo --overwrite
 PYTEST_ARGS ?= -n auto
+# of NumPy, SciPy and torch each: the tests themselves take all cores, and pools of threads beside them wait for each other
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: help demo test coverage boundscheck lint bench docs clean
 help:  ## list the targets
@@ -28,10 +30,10 @@ demo: $(VENV)/.base  ## train a network on scanned digits and explain its Lipsch
 	$(BIN)/lipdyn demo $(DEMO_ARGS)
 
 test: $(VENV)/.test  ## run all tests and doctests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 coverage: $(VENV)/.test  ## lines of specpert run by its tests, kernels included (at least 95 per cent)
-	NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest tests/specpert specpert $(PYTEST_ARGS) -m "not slow" --cov=specpert --cov-fail-under=95
+	$(ONE_THREAD) NUMBA_DISABLE_JIT=1 $(BIN)/python -m pytest tests/specpert specpert $(PYTEST_ARGS) -m "not slow" --cov=specpert --cov-fail-under=95
 
 boundscheck: $(VENV)/.test  ## the compiled kernels with every index checked
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$$(mktemp -d) $(BIN)/python -m pytest tests/specpert/test_methods.py -k "kernel or fast" -q
