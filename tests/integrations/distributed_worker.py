@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -82,11 +83,13 @@ def trained(
     steps: int = 4,
     trouble: bool = False,
     reference: bool = False,
+    watch: bool = True,
+    parts: int = 1,
     **settings: object,
 ) -> tuple[list[dict], list[Tensor]]:
     """Rows and weights of a run with half of each batch; with rank None, of one process with all of it.
 
-    With trouble, the second process cannot read the second layer in step 1.
+    With trouble, the second process cannot read the second layer in step 1. Each batch comes in so many parts.
     """
     from lipdyn_torch import LipschitzMonitor
     from lipdyn_torch.distributed import full
@@ -106,16 +109,35 @@ def trained(
     optim = make(model.parameters(), lr=0.05)
     if reference:
         settings["reference"] = mean_gradient()
-    with LipschitzMonitor(model, optim, noise="split", **settings) as monitor:
+    with LipschitzMonitor(model, optim, noise="split", **settings) if watch else nullcontext() as monitor:
         for step in range(steps):
             x, y = batch(step)
             part = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
             optim.zero_grad()
-            nn.functional.cross_entropy(called(x[part]), y[part]).backward()
+            for a, b in zip(x[part].chunk(parts), y[part].chunk(parts), strict=True):
+                (nn.functional.cross_entropy(called(a), b) / parts).backward()
             if trouble and rank == 1 and step == 1:
                 monitor._watches[1].problems["made up"] = None
             optim.step()
-    return monitor.history.rows, [full(p.detach()).clone() for p in model.parameters()]
+    rows = monitor.history.rows if watch else []
+    return rows, [full(p.detach()).clone() for p in model.parameters()]
+
+
+def collectives(rank: int) -> list[int]:
+    """Numbers that the monitor's collectives sent in each of three steps."""
+    sent: list[int] = []
+    gather = dist.all_gather
+
+    def counted(tensors: list[Tensor], tensor: Tensor, **settings: object) -> object:
+        sent.append(tensor.numel())
+        return gather(tensors, tensor, **settings)
+
+    dist.all_gather = counted
+    try:
+        trained(rank, "ddp", steps=3)
+    finally:
+        dist.all_gather = gather
+    return sent
 
 
 SCENARIOS = {
@@ -128,6 +150,10 @@ SCENARIOS = {
     "fsdp-trouble": lambda rank: trained(rank, "fsdp", trouble=True),
     "ddp-reference": lambda rank: trained(rank, "ddp", reference=True),
     "fsdp-reference": lambda rank: trained(rank, "fsdp", reference=True),
+    "ddp-plain": lambda rank: trained(rank, "ddp", watch=False),
+    "fsdp-plain": lambda rank: trained(rank, "fsdp", watch=False),
+    "ddp-parts": lambda rank: trained(rank, "ddp", parts=2),
+    "collectives": collectives,
     "fsdp-adam": lambda rank: trained(rank, "fsdp", "Adam"),
 }
 

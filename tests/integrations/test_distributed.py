@@ -172,3 +172,27 @@ def test_automatic_steps_are_the_same_in_every_process(combined):
     """One process could afford every step, the other none: the slower decides."""
     for run in combined:
         assert list(dict.fromkeys(row["step"] for row in run["auto"][0])) == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_training_is_bitwise_the_same_without_the_monitor(combined, kind):
+    for rank in (0, 1):
+        (_, watched), (_, plain) = combined[rank][kind], combined[rank][f"{kind}-plain"]
+        assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
+
+
+def test_accumulation_in_two_processes(combined):
+    rows, _ = worker.trained(None, "alone", parts=2)
+    for rank in (0, 1):
+        found, _ = combined[rank]["ddp-parts"]
+        assert [row["batch"] for row in found] == [row["batch"] for row in rows] == [8] * len(rows)
+        for row, other in zip(found, rows, strict=True):
+            for key in ("mu", "kappa", "lambda_sq", "kappa_var", "sigma", "dz"):
+                assert row[key] == pytest.approx(other[key], rel=1e-10, abs=1e-14), (row["layer"], key)
+
+
+def test_one_small_collective_in_a_step(combined):
+    for rank in (0, 1):
+        sent = combined[rank]["collectives"]
+        assert len(sent) == 3
+        assert max(sent) < 100  # three layers of up to 48 numbers: the means, a few sums, and layers by layers
