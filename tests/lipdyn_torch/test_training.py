@@ -748,3 +748,69 @@ def test_memory_does_not_grow(make):
                 counts.append(alive())
     assert counts[1][0] <= counts[0][0]
     assert counts[1][1] <= counts[0][1] + 100
+
+
+# --- large layers, whose spectra are tracked ---
+
+
+def wide(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(280, 300), nn.ReLU(), nn.Linear(300, 4)).to(dtype)
+
+
+def wide_batches(dtype: torch.dtype, steps: int):
+    generator = torch.Generator().manual_seed(6)
+    for _ in range(steps):
+        x = torch.randn(16, 280, generator=generator, dtype=torch.float64)
+        yield x.float().to(dtype), torch.randint(4, (16,), generator=generator)
+
+
+@pytest.mark.parametrize("noise", ["full", "split"])
+def test_a_large_layer_in_single_precision(noise):
+    """The Cholesky factor is in single precision: the terms are those of float64 to 1e-4."""
+    rows = {}
+    for dtype in (torch.float32, torch.float64):
+        model = wide(torch.float32).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        with LipschitzMonitor(model, optimizer, noise=noise) as monitor:
+            ((x, y),) = wide_batches(dtype, 1)
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        rows[dtype] = monitor.history.rows
+        factor = monitor._watches[0].spectrum.triplet._resolvent().matrix.dtype
+        assert str(factor) == str(dtype).removeprefix("torch.")
+    keys = ["sigma", "gap", "eps", *FORCES, "gHg"]
+    keys += ["kappa_var", "lambda_sq_var"] if noise == "split" else []
+    for row, exact in zip(*rows.values(), strict=True):
+        assert row["status"] == exact["status"] == "ok"
+        for key in keys:
+            close = 1e-3 if key == "eps" else 1e-4  # the norm of the update is rounded up
+            assert row[key] == pytest.approx(exact[key], rel=close, abs=1e-12, nan_ok=True), (row["layer"], key)
+        for key in ("dz1", "dz2", "dz3", "dz"):  # the update itself is rounded to float32
+            assert row[key] == pytest.approx(exact[key], abs=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("lr", [1e-3, 0.5])
+def test_tracked_spectra_are_those_of_the_weights(dtype, every, lr):
+    """From step to step, for small steps and for such that cross gaps: before, after, distance, and certificate."""
+    model = wide(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    truths = []
+    with LipschitzMonitor(model, optimizer, every=every) as monitor:
+        for x, y in wide_batches(dtype, 6):
+            before = torch.linalg.svdvals(model[0].weight.detach().double())
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            truths.append((before, torch.linalg.matrix_norm(model[0].weight.detach().double(), 2)))
+    rows = [row for row in monitor.history if row["layer"] == "0"]
+    assert [row["step"] for row in rows] == list(range(0, 6, every))
+    assert (max(row["eps"] for row in rows) > 1.0) == (lr > 0.1)
+    for row in rows:
+        before, after = truths[row["step"]]
+        assert row["sigma"] == pytest.approx(float(before[0]), rel=1e-13)
+        assert row["gap"] == pytest.approx(float(before[0] - before[1]), rel=2e-4)
+        assert row["z"] + row["dz"] == pytest.approx(math.log(after), abs=1e-13)
+        assert abs(row["remainder"]) <= row["bound"]
