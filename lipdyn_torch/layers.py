@@ -6,7 +6,7 @@ matrix (m outputs), ``n`` column (n inputs), ``g`` group, ``c`` input channel, `
 For a layer whose output is linear in its weight, the loss gradient of sample i with respect to the weight
 matrix is ``G_i = sum_t delta_it x_it^T`` with x the layer's input patches and delta the gradient of the output.
 A rule gives ``p_i = G_i v`` and ``q_i = G_i^T u`` without forming ``G_i`` ("ghost" contractions, theory 2.4).
-Inputs and output gradients are contracted in their own precision (at least single); all that follows is float64.
+Inputs and output gradients are contracted in their own precision (at least single), and handed on in float64.
 """
 
 from __future__ import annotations
