@@ -229,7 +229,7 @@ def sigma_series(
     cluster = isinstance(k, tuple) or (isinstance(A, SingularTriplet) and A._cluster)
     family = _as_family(coefficients)
     names = ["H"] if len(family) == 1 else [f"A_{j}" for j in range(1, len(family) + 1)]
-    triplet, family = prepare(A, k, family, names, cluster=cluster)
+    triplet, family = prepare(A, k, family, names, cluster=cluster, widen=False)
     return expand(triplet, family, order, vectors)
 
 

@@ -328,8 +328,12 @@ def prepare(
     method: str = "auto",
     v0: Any = None,
     rtol: float = 0.0,
+    widen: bool = True,
 ) -> tuple[SingularTriplet, list[Any]]:
-    """The triplet of A (or the one given in its place) and directions of its library, device, dtype and shape."""
+    """The triplet of A (or the one given in its place) and directions of its library, device, dtype and shape.
+
+    Without `widen` NumPy directions keep a lower precision than the triplet's vectors have: they are only multiplied.
+    """
     prepared = isinstance(A, SingularTriplet)
     if prepared:
         _check_request(A, k, cluster, gap_tol)
@@ -354,6 +358,8 @@ def prepare(
             triplet = replace(A if P0.dtype == A._P0.dtype else cast(A, P0.dtype), _dtype=results)
     for H, name in zip(arrays, names, strict=True):
         check_direction(H, name, triplet.shape, xp)
+    if not widen and is_numpy(triplet._P0):
+        return triplet, arrays
     return triplet, [xp.astype(H, triplet._P0.dtype, copy=False) for H in arrays]
 
 

@@ -248,3 +248,21 @@ def test_follow_to_another_scale():
     for scale in (1e-200, 1e200):
         with pytest.raises(ConvergenceError, match="times as large"):
             triplet.follow(scale * matrix((256, 300), False, 1e-2))
+
+
+@pytest.mark.parametrize("shape", [(260, 4200), (4200, 260)], ids=str)
+@pytest.mark.parametrize("k", [0, (0, 1)], ids=["one", "cluster"])
+def test_directions_in_single_precision_lose_nothing_more(shape, k):
+    """They are multiplied in float64, in blocks: what differs is the rounding of the results to float32."""
+    A = matrix(shape, False, 0.1).astype(np.float32)
+    H = step(shape, False, 0.1).astype(np.float32)
+    family = [H, H[::-1].copy()]
+    found = sigma_series(A, family, 4, k=k)
+    exact = sigma_series(A.astype(np.float64), [x.astype(np.float64) for x in family], 4, k=k)
+    name = "coefficients" if k == 0 else "effective_matrices"
+    found, exact = getattr(found, name), getattr(exact, name)
+    assert found.dtype == np.float32
+    if k == 0:
+        np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-9)
+    else:  # up to the sign of the vectors
+        np.testing.assert_allclose(np.trace(found, axis1=1, axis2=2), np.trace(exact, axis1=1, axis2=2), rtol=1e-5)
