@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("COLUMNS", "NETWORK", "REFERENCE_COLUMNS", "SPLIT_COLUMNS"),
-    *("History", "JsonLinesSink", "ResumeError", "Row", "Sink", "json_ready", "read_history"),
+    *("History", "as_frame", "JsonLinesSink", "ResumeError", "Row", "Sink", "json_ready", "read_history"),
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -153,6 +153,11 @@ class History:
         frame = pd.DataFrame(self.rows, columns=columns)
         frame.attrs.update(self.meta)
         return frame
+
+
+def as_frame(history: History | pd.DataFrame) -> pd.DataFrame:
+    """The table of a history; a table as it is."""
+    return history.to_pandas() if isinstance(history, History) else history
 
 
 class JsonLinesSink:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lipdyn_torch.history import NETWORK, History
+from lipdyn_torch.history import NETWORK, History, as_frame
 from lipdyn_torch.predict import observed
 
 if TYPE_CHECKING:
@@ -70,17 +70,13 @@ def variance_K(history: History | pd.DataFrame) -> Array:
         return np.asarray(2.0 * expectation_K(history) + np.log(np.expm1(variance_Z(history))))
 
 
-def _frame(history: History | pd.DataFrame) -> pd.DataFrame:
-    return history.to_pandas() if isinstance(history, History) else history
-
-
 def _start(history: History | pd.DataFrame) -> float:
     return float(observed(history)[1][0])
 
 
 def _sums(history: History | pd.DataFrame, column: str) -> Array:
     """Sum over the layers in each step; layers with a smaller learning rate count for as much less of the time."""
-    frame = _frame(history)
+    frame = as_frame(history)
     layers = frame[frame["layer"] != NETWORK]
     eta = layers.groupby("step")["lr"].transform("max")
     share = (layers[column] * layers["lr"] / eta.where(eta > 0, 1.0)).groupby(layers["step"], sort=True)
@@ -89,7 +85,7 @@ def _sums(history: History | pd.DataFrame, column: str) -> Array:
 
 def _integral(history: History | pd.DataFrame, terms: Array) -> Array:
     """From the start to each monitored state; a monitored step stands for all up to the next."""
-    frame = _frame(history)
+    frame = as_frame(history)
     rows = frame[frame["layer"] == NETWORK]
     step, _ = observed(frame)
     duration = np.append(np.diff(step[:-1]), 1) * rows["lr"].to_numpy(float)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lipdyn_torch.dynamics import moving_average, step_increments
-from lipdyn_torch.history import NETWORK, History
+from lipdyn_torch.history import NETWORK, History, as_frame
 from lipdyn_torch.predict import SDE, Prediction, observed, pathwise, sde
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def heatmap_figure(history: History | pd.DataFrame, context: str = "paper") -> F
         At least two monitored steps.
     context : {"paper", "slide"}
     """
-    frame = _frame(history)
+    frame = as_frame(history)
     layers = [name for name in frame["layer"].unique() if name != NETWORK]
     tables = {column: _by_layer(frame, column, layers) for column in ("z", "mu", "lambda_sq")}
     tables["z"] = tables["z"] - tables["z"][:, :1]
@@ -203,7 +203,7 @@ def validity_figure(history: History | pd.DataFrame, context: str = "paper") -> 
         At least one monitored step.
     context : {"paper", "slide"}
     """
-    frame = _frame(history)
+    frame = as_frame(history)
     with _figure(context, 3.0) as figure:
         left, right = figure.subplots(1, 2)
         for axes, column in ((left, "gap"), (right, "eps")):
@@ -242,7 +242,7 @@ def split_figure(history: History | pd.DataFrame, context: str = "paper") -> Fig
     ValueError
         The parts were not measured.
     """
-    frame = _frame(history)
+    frame = as_frame(history)
     if "kappa_var" not in frame:
         raise ValueError(
             "expected a history with variance and covariance parts, got one without; monitor with noise='split'"
@@ -309,7 +309,7 @@ def error_panel(axes: Axes, predictions: list[Prediction]) -> None:
 
 def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
     """Drift, noise curvature and noise of each layer in three panels, as moving averages."""
-    frame = _frame(history)
+    frame = as_frame(history)
     titles = {
         "mu": "drift $\\mu$",
         "kappa": "noise curvature $\\kappa$",
@@ -340,7 +340,7 @@ def _predictions(history: History | pd.DataFrame) -> list[Prediction]:
 
 def _contributions(history: History | pd.DataFrame) -> tuple[NDArray, NDArray, int]:
     """Steps (n + 1,), what each of `FORCES` has added by then (4, n + 1), and the number of steps without terms."""
-    frame = _frame(history)
+    frame = as_frame(history)
     rows = frame[frame["layer"] == NETWORK]
     step, z = observed(frame)
     m, c, _ = step_increments(rows["lr"], rows["mu"], rows["kappa"], rows["lambda_sq"])
@@ -396,7 +396,3 @@ def _legend_below(figure: Any, axes: Axes) -> None:
 
 def _window(frame: pd.DataFrame) -> int:
     return max(1, frame["step"].nunique() // 40)
-
-
-def _frame(history: History | pd.DataFrame) -> pd.DataFrame:
-    return history.to_pandas() if isinstance(history, History) else history

@@ -24,7 +24,7 @@ from lipdyn_torch.dynamics import (
     mean_z,
     step_increments,
 )
-from lipdyn_torch.history import NETWORK, History
+from lipdyn_torch.history import NETWORK, History, as_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,7 +151,7 @@ def sde(
     >>> prediction.predicted.tolist(), prediction.half_width.tolist()
     ([1.0, 1.13], [0.0, 0.2])
     """
-    path = _path(_frame(history), layer, gradient, sampling, dataset_size)
+    path = _path(as_frame(history), layer, gradient, sampling, dataset_size)
     step, z = observed(history, layer)
     return Prediction(f"SDE, {gradient} gradient", step, path.mean, z, np.sqrt(path.variance))
 
@@ -208,7 +208,7 @@ def moments(
     >>> found.z_mean.tolist(), [round(x, 12) for x in found.log_mean.tolist()]  # 1 + 0.15 - 0.04/2, and + 0.06/2
     ([1.0, 1.13], [1.0, 1.16])
     """
-    path = _path(_frame(history), layer, gradient, sampling, dataset_size, independent_layers)
+    path = _path(as_frame(history), layer, gradient, sampling, dataset_size, independent_layers)
     step, _ = observed(history, layer)
     log_mean = path.mean + path.variance / 2
     return Moments(step, path.mean, np.sqrt(path.variance), log_mean, log_sd_k(log_mean, path.variance))
@@ -230,7 +230,7 @@ def increments(history: History | pd.DataFrame, layer: str = NETWORK) -> pd.Data
     """
     import pandas as pd
 
-    frame = _frame(history)
+    frame = as_frame(history)
     rows = _rows(frame, layer)
     m, c, v = step_increments(rows["lr"], rows["mu"], rows["kappa"], rows["lambda_sq"])
     own = frame[frame["layer"] != NETWORK] if layer == NETWORK else rows
@@ -312,7 +312,7 @@ def forecast(
     >>> ahead.name, ahead.step.tolist(), [round(z, 12) for z in ahead.predicted.tolist()]
     ('forecast from step 1', [1, 2, 3], [0.1, 0.2, 0.3])
     """
-    frame = _frame(history)
+    frame = as_frame(history)
     rows = _rows(frame, layer)
     axis, z = observed(frame, layer)
     past = rows[rows["step"] < at].tail(window)
@@ -354,7 +354,7 @@ def _sum_of_layer_variances(frame: pd.DataFrame) -> NDArray[np.float64]:
 
 def _certificate(history: History | pd.DataFrame, order: int, layer: str) -> NDArray[np.float64]:
     """Cumulative certified bound of the error of log sigma (theory 1.9): summed over steps, and over layers."""
-    frame = _frame(history)
+    frame = as_frame(history)
     layers = frame[frame["layer"] != NETWORK] if layer == NETWORK else _rows(history, layer)
     steps = np.unique(frame["step"].to_numpy(int))
     if len(layers) == 0:
@@ -372,12 +372,8 @@ def _certificate(history: History | pd.DataFrame, order: int, layer: str) -> NDA
     return np.concatenate([[0.0], np.cumsum(per_step)])
 
 
-def _frame(history: History | pd.DataFrame) -> pd.DataFrame:
-    return history.to_pandas() if isinstance(history, History) else history
-
-
 def _rows(history: History | pd.DataFrame, layer: str) -> pd.DataFrame:
-    frame = _frame(history)
+    frame = as_frame(history)
     rows = frame[frame["layer"] == layer]
     if len(rows) == 0:
         names = ", ".join(map(repr, frame["layer"].unique())) or "no rows at all"

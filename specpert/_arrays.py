@@ -129,9 +129,8 @@ def magnitude(A: Array, xp: Namespace) -> Array:
     """
     if is_complex(A, xp):
         return xp.maximum(magnitude(xp.real(A), xp), magnitude(xp.imag(A), xp))
-    flat = xp.reshape(
-        A, (*A.shape[:-2], math.prod(A.shape[-2:]))
-    )  # one long axis: many times faster for stacks of small matrices
+    # one long axis: many times faster for stacks of small matrices
+    flat = xp.reshape(A, (*A.shape[:-2], math.prod(A.shape[-2:])))
     return xp.maximum(xp.max(flat, axis=-1), -xp.min(flat, axis=-1))
 
 

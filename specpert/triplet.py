@@ -170,6 +170,13 @@ class SingularTriplet:
         one = replace(self, shape=self.shape[-2:], _e=self._e[i], _margin=self._margin[i])
         return _assemble(one, tuple(x[i] for x in self._svd), self.k, self._gap[i])
 
+    @property
+    def _small_side(self) -> SmallSideResolvent | None:
+        """The resolvent on NumPy arrays, where it is one by elimination of the larger side."""
+        resolvent = self._resolvent()
+        inner = resolvent.resolvent if isinstance(resolvent, HostResolvent) else resolvent
+        return inner if isinstance(inner, SmallSideResolvent) else None
+
     def count_above(self, lower: float) -> int:
         """Number of singular values of A above `lower`; one that is within rounding of it counts or does not.
 
@@ -192,9 +199,8 @@ class SingularTriplet:
             return int(self._xp.sum(self._xp.astype(self._svd[1] > lower, self._xp.int64)))
         if lower < 0:
             return min(self.shape)
-        resolvent = self._resolvent()
-        small = resolvent.resolvent if isinstance(resolvent, HostResolvent) else resolvent
-        assert isinstance(small, SmallSideResolvent)
+        small = self._small_side
+        assert small is not None
         solve = small.solve
         if not isinstance(solve, CholeskySolver | EigenSolver):
             raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
@@ -233,9 +239,8 @@ class SingularTriplet:
         if self.k != 0 or A.ndim != 2 or tuple(A.shape) != tuple(self.shape):
             raise ValueError(f"expected k = 0 and A of shape {tuple(self.shape)}, got k = {self.k}, {tuple(A.shape)}")
         check_matrix(A, "A", xp)
-        view, resolvent = host_view(A), self._resolvent()
-        small = resolvent.resolvent if isinstance(resolvent, HostResolvent) else resolvent
-        if view is None or not isinstance(small, SmallSideResolvent):
+        view, small = host_view(A), self._small_side
+        if view is None or small is None:
             return self._result(xp.linalg.matrix_norm(A, ord=2))
         e = exponent(magnitude(A, xp), xp)
         if abs(float(e - self._e)) > 64:
