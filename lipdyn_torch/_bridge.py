@@ -80,7 +80,7 @@ class Spectrum:
     Attributes
     ----------
     matrices : Tensor, (g, m, n)
-        The weight in float64.
+        The weight, in single precision or float64; everything else is float64.
     sigma, gap : float
         Largest singular value and its isolation distance (theory 1.9); the gap is NaN where it is unknown.
     triplet : SingularTriplet or None
@@ -133,7 +133,7 @@ REPEATED = "largest singular value is repeated"
 
 @one_thread
 def read_spectrum(matrices: Tensor, known: Spectrum | None = None, rtol: float = 0.0) -> Spectrum:
-    """The spectrum of a float64 matrix (m, n) or of several (g, m, n); never raises for numerical reasons.
+    """The spectrum of a matrix (m, n) or of several (g, m, n), in float64; never raises for numerical reasons.
 
     ``known``, the spectrum of a matrix nearby, saves time; so does ``rtol``, a relative accuracy that is enough for
     `hessian_pairing` and `hessian_diagonal`.
@@ -157,9 +157,11 @@ def read_spectrum(matrices: Tensor, known: Spectrum | None = None, rtol: float =
         return Spectrum(matrices, nan, nan, None, problem="weight is not finite")
     try:
         group, rival = (0, 0.0) if len(matrices) == 1 else _attaining(matrices)
-        triplet = specpert.singular_triplet(_array(matrices[group]), v0=_start(matrices, group, known), rtol=rtol)
+        A = _array(matrices[group])
+        dtype = torch.float64 if isinstance(A, Tensor) else np.float64
+        triplet = specpert.singular_triplet(A, v0=_start(matrices, group, known), rtol=rtol, dtype=dtype)
     except specpert.DegenerateSingularValueError:
-        sigma = float(torch.linalg.matrix_norm(matrices[group], 2))
+        sigma = float(torch.linalg.matrix_norm(matrices[group].double(), 2))
         return Spectrum(matrices, sigma, 0.0, None, group, REPEATED)
     except specpert.ZeroSingularValueError:
         return Spectrum(matrices, 0.0, 0.0, None, group, "weight is zero")
@@ -200,12 +202,12 @@ def _start(matrices: Tensor, group: int, known: Spectrum | None) -> Any:
     """Where the search for the singular vector may begin."""
     if known is None or known.triplet is None or known.group != group or known.matrices.device != matrices.device:
         return None
-    return known.triplet.v if known.matrices.shape == matrices.shape else None
+    return known.triplet if known.matrices.shape == matrices.shape else None
 
 
 def _attaining(matrices: Tensor) -> tuple[int, float]:
     """The group with the largest singular value, and the largest of the other groups."""
-    top = torch.linalg.matrix_norm(matrices, 2)
+    top = torch.linalg.matrix_norm(matrices.double(), 2)
     group = int(top.argmax())
     top[group] = 0.0
     return group, float(top.max())
@@ -261,7 +263,7 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -
     for group, size in enumerate(sizes):
         if size == 0:
             continue
-        A, D = _array(spectrum.matrices[group]), _array(steps[group])
+        A, D = _array(spectrum.matrices[group].double()), _array(steps[group].double())
         matrices = _tensor(specpert.sigma_series(A, D, 3, k=tuple(range(size))).effective_matrices)
         tops = torch.linalg.eigvals(torch.cumsum(matrices, 0)[1:]).real.amax(-1).tolist()
         best = [max(pair) for pair in zip(best, tops, strict=True)]
@@ -270,6 +272,7 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -
 
 def _singular_values(matrices: Tensor) -> Tensor:
     """All singular values, descending; the small ones to half the digits, which is enough to tell them apart."""
+    matrices = matrices.double()
     wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
     if wide.device.type != "cpu":
         return torch.linalg.eigvalsh(wide @ wide.mT).flip(-1).clamp_min(0).sqrt()

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import Spectrum, read_spectrum
 from lipdyn_torch.distributed import full, local
-from lipdyn_torch.layers import Block, LayerRule, value, whole
+from lipdyn_torch.layers import Block, LayerRule, value, whole, working
 
 __all__ = ["Call", "Switch", "Tap", "Watch"]
 
@@ -105,13 +106,19 @@ class Watch:
         self.spectrum = read_spectrum(self._matrices(self.values), known, ENOUGH if single else 0.0)
 
     def _matrices(self, values: list[Tensor]) -> Tensor:
-        """The weight in float64 (g, m, n)."""
-        return self.rule.effective(self.module, self.part, [x.to(torch.float64) for x in values])
+        """The weight (g, m, n): in the parameters' own precision, in float64 where it has to be computed from them."""
+        values = [working(x) if self._plain else x.double() for x in values]
+        return self.rule.effective(self.module, self.part, values)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the matrix is nothing but the parameter in another shape."""
+        return type(self.rule).effective is LayerRule.effective and len(self.parameters) == 1
 
     def refresh(self) -> bool:
         """Read the spectrum again if the weight is not bitwise the one it was read from; True if it was not."""
         same = all(_bitwise_equal(whole(p), x) for p, x in zip(self.parameters, self.values, strict=True))
-        if same and type(self.rule).effective is not LayerRule.effective:  # it may read more than the parameters
+        if same and not self._plain:  # it may read more than the parameters
             known = self.spectrum.matrices
             same = _bitwise_equal(self._matrices([whole(p) for p in self.parameters]), known)
         if not same:
@@ -197,8 +204,10 @@ def _bitwise_equal(a: Tensor, b: Tensor) -> bool:
         return False
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
-    bits = _BITS[a.element_size()]
-    return torch.equal(a.view(bits), b.view(bits))
+    a, b = (x.contiguous().view(_BITS[x.element_size()]) for x in (a, b))
+    if a.device.type == "cpu":  # NumPy compares several times faster
+        return bool(np.array_equal(a.numpy(), b.numpy()))
+    return torch.equal(a, b)
 
 
 def _add(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -93,7 +93,7 @@ class Measurement:
             return out
         out["mode"], changes = self._changes(updates, size, out["eps"], out["dz"])
         out["dz1"], out["dz2"], out["dz3"] = changes
-        out["bound"] = _bound(before, updates[before.group], size, out)
+        out["bound"] = _bound(before, updates[before.group], size, out, self._first(updates, out))
         out["remainder"] = out["dz"] - out["dz2"]
         return out
 
@@ -116,6 +116,15 @@ class Measurement:
         if values is None or min(values) <= 0.0:
             return "exact", [observed] * 3
         return "cluster", [math.log(value / before.sigma) for value in values]
+
+    def _first(self, updates: Tensor, path: Row) -> float:
+        """First-order change of sigma, a lower bound of the change (sigma is convex); -inf where it does not exist."""
+        before = self.caught.spectrum
+        if path["mode"] == "series" and CLIPPED not in self.caught.notes:
+            return before.sigma * math.expm1(path["dz1"])
+        if before.triplet is None:
+            return -math.inf
+        return float(before.u @ (updates[before.group].double() @ before.v))
 
     def _forces(self) -> Row:
         """Drift, noise curvature and noise strength per unit of SDE time (theory 2.1, 2.4, 5)."""
@@ -147,18 +156,19 @@ class Measurement:
         return out
 
 
-def _bound(before: Spectrum, update: Tensor, size: float, row: Row) -> float:
+def _bound(before: Spectrum, update: Tensor, size: float, row: Row, first: float) -> float:
     """Certified bound of ``|dz - dz2|``.
 
     Two statements hold together: the truth lies in ``[sigma + u^T D v, sigma + ||D||]`` (sigma is convex, and
     Weyl), and, for the series with eps < 1, within its remainder (theory 1.9). Rounding is allowed for.
     """
     margin = 10.0 * max(before.matrices.shape[1:]) * 2.0**-52 * (before.sigma + size)
+    if update.dtype != torch.float64:  # the difference of two weights was rounded, and || |D| ||_2 <= ||D||_F
+        margin += 2.0**-24 * size * math.sqrt(min(update.shape))
     if row["mode"] == "exact":
         return 0.0
     estimate = before.sigma * math.exp(row["dz2"])
-    first = -size if before.triplet is None else float(before.u @ update @ before.v)
-    low, high = before.sigma + first - margin, before.sigma + size + margin
+    low, high = before.sigma + max(first, -size) - margin, before.sigma + size + margin
     eps = row["eps"]
     if row["mode"] == "series":
         remainder = before.gap / 2 * eps**3 / (1 - eps) + margin

@@ -21,8 +21,11 @@ _FLOATING = {"float16", "bfloat16", "float32", "float64", "complex64", "complex1
 _WORKING = {"float16": "float32", "bfloat16": "float32"}
 
 
-def as_arrays(*objects: Any, names: Sequence[str]) -> tuple[Namespace, list[Array]]:
-    """Arrays of one library, device and floating dtype from the caller's objects; never copied to the host."""
+def as_arrays(*objects: Any, names: Sequence[str], promote: bool = True) -> tuple[Namespace, list[Array]]:
+    """Arrays of one library, device and floating dtype from the caller's objects; never copied to the host.
+
+    Without `promote` each keeps its own floating dtype.
+    """
     arrays = [_as_array(x, name) for x, name in zip(objects, names, strict=True)]
     xp = array_api_compat.array_namespace(arrays[0])
     for x, name in zip(arrays[1:], names[1:], strict=True):
@@ -37,6 +40,8 @@ def as_arrays(*objects: Any, names: Sequence[str]) -> tuple[Namespace, list[Arra
                 f"expected {name} on the device of {names[0]} ({here}), got {there}; move one of them first"
             )
     arrays = [_floating(x, name, xp) for x, name in zip(arrays, names, strict=True)]
+    if not promote:
+        return xp, arrays
     dtype = xp.result_type(*arrays)
     return xp, [xp.astype(x, dtype, copy=False) for x in arrays]
 
@@ -171,6 +176,16 @@ def to_precision(x: Array, dtype: Any, xp: Namespace) -> Array:
     if is_complex(x, xp):
         dtype = xp.complex64 if dtype == xp.float32 else xp.complex128
     return xp.astype(x, dtype, copy=False)
+
+
+def widened(A: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """A x (..., r, c) in the better precision of the two, without a copy of A in it."""
+    dtype = np.result_type(A, x)
+    if A.dtype == dtype or A.size < 2**16:
+        return np.asarray(A @ x)
+    out = np.zeros((*x.shape[:-2], len(A), x.shape[-1]), dtype)
+    kernels(1).add_product(A, x, out)
+    return out
 
 
 def real_dtype(dtype: Any, xp: Namespace) -> Any:

@@ -14,9 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from specpert._arrays import Array, Namespace, adjoint, is_numpy, real
+from specpert._arrays import Array, Namespace, adjoint, is_numpy, real, widened
 from specpert._operators import Operator
 from specpert._resolvent import Resolvent
 
@@ -29,25 +27,8 @@ def products(A_j: Any, xp: Namespace) -> Coefficient:
         return A_j.apply, A_j.apply_adjoint
     adjoint_j = adjoint(A_j, xp)
     if is_numpy(A_j) and A_j.ndim == 2:
-        return partial(_widened, A_j), partial(_widened, adjoint_j)
+        return partial(widened, A_j), partial(widened, adjoint_j)
     return lambda Q: A_j @ Q, lambda P: adjoint_j @ P
-
-
-def _widened(A: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """A x in the better precision of the two, without a copy of A in it: block by block, in the cache."""
-    dtype = np.result_type(A, x)
-    if A.dtype == dtype or A.size < 2**20:
-        return np.asarray(A @ x)
-    out = np.zeros((*x.shape[:-2], len(A), x.shape[-1]), dtype)
-    if A.flags.c_contiguous:
-        rows = max(1, 2**17 // A.shape[1])
-        for start in range(0, len(A), rows):
-            out[..., start : start + rows, :] = A[start : start + rows].astype(dtype) @ x
-    else:  # a transposed view, whose columns lie together
-        columns = max(1, 2**17 // len(A))
-        for start in range(0, A.shape[1], columns):
-            out += A[:, start : start + columns].astype(dtype) @ x[..., start : start + columns, :]
-    return out
 
 
 class Vectors:

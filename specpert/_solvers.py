@@ -6,11 +6,13 @@ eigenvalues, descending; X (r, j) vectors; b, x (r, c) columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from specpert._arrays import widened
 from specpert.result import ConvergenceError
 
 Product = Callable[[np.ndarray], np.ndarray]
@@ -35,18 +37,34 @@ class Solver(Protocol):
 
 
 class Gram:
-    """K = B B^*: products with it in the precision of B, and the matrix itself in a precision of choice."""
+    """K = B B^*: products in the better precision of B and the vectors, and the matrix itself."""
 
     def __init__(self, B: np.ndarray) -> None:
         self.B, self.Ba = B, B.conj().T
+        self._copies: dict[np.dtype, Gram] = {}
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """B x."""
+        return widened(self.B, x)
+
+    def apply_adjoint(self, y: np.ndarray) -> np.ndarray:
+        """B^* y."""
+        return widened(self.Ba, y)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        return np.asarray(self.B @ (self.Ba @ x))
+        return self.apply(self.apply_adjoint(x))
 
-    def matrix(self, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-        """B and K."""
-        B = self.B.astype(dtype, copy=False)
-        return B, B @ B.conj().T
+    def at(self, dtype: Any) -> Gram:
+        """The same in another precision; made once."""
+        if self.B.dtype == dtype:
+            return self
+        if dtype not in self._copies:
+            self._copies[dtype] = Gram(self.B.astype(dtype))
+        return self._copies[dtype]
+
+    def matrix(self) -> np.ndarray:
+        """K, in the precision of B."""
+        return np.asarray(self.B @ self.B.conj().T)
 
 
 class CholeskySolver:
@@ -62,11 +80,11 @@ class CholeskySolver:
 
         self.K, self.a, self.theta, self.gram = K, a, theta, gram
         factorise, self._solve = get_lapack_funcs(("potrf", "potrs"), (K,))
-        (self._halve,) = get_blas_funcs(("trsm",), (K,))
+        self._halve, self._substitute = get_blas_funcs(("trsm", "trsv"), (K,))
         low = a.astype(K.dtype)
-        M = low @ (theta * low.conj().T)
+        M = np.multiply(low, (theta * low.conj().T).astype(K.dtype))
         M -= K
-        M[np.diag_indices_from(M)] += theta
+        M.flat[:: len(M) + 1] += theta
         # the Hermitian matrix column by column, as LAPACK wants it, without a transposed copy
         columns = M.conj().T if np.iscomplexobj(M) else M.T
         self.L, failed = factorise(columns, lower=True, overwrite_a=True, clean=False)
@@ -102,9 +120,18 @@ class CholeskySolver:
         if b.size == 0:
             return b
         if self.precise:
-            return np.asarray(self._solve(self.L, b, lower=True)[0])
+            return self._solved(b)
         size = float(np.max(np.abs(b))) or 1.0  # small numbers have no place in single precision
-        return np.asarray(self._solve(self.L, (b / size).astype(self.L.dtype), lower=True)[0] * size, dtype=b.dtype)
+        return np.multiply(self._solved((b / size).astype(self.L.dtype)), size, dtype=b.dtype)
+
+    def _solved(self, b: np.ndarray) -> np.ndarray:
+        """The solution by the factor in its own precision."""
+        if b.shape[1] > 1:
+            return np.asarray(self._solve(self.L, b, lower=True)[0])
+        # one column: a fraction of the time that LAPACK's blocks of columns take
+        half = self._substitute(self.L, b[:, 0], lower=True)
+        x = self._substitute(self.L, half, lower=True, trans=2, overwrite_x=True)
+        return np.asarray(x)[:, None]
 
     def form(self, b: np.ndarray) -> np.ndarray:
         """||L^-1 b||^2 of each column: half the work of a solution; b may be overwritten."""
@@ -120,7 +147,7 @@ class CholeskySolver:
         from scipy.linalg import get_lapack_funcs
 
         # in single precision the values have errors of eps theta
-        K = self.K if self.precise or lower > 1e-2 * self.theta else self.gram.matrix(self.a.dtype)[1]
+        K = self.K if self.precise or lower > 1e-2 * self.theta else self.gram.at(self.a.dtype).matrix()
         name = "hetrf" if np.iscomplexobj(K) else "sytrf"
         (factorise,) = get_lapack_funcs((name,), (K,))
         shifted = K - lower * np.eye(len(K), dtype=K.dtype)
@@ -155,34 +182,53 @@ class _TooCloseError(Exception):
     """The top value is too close to the next one for the precision at hand."""
 
 
-def isolated_top(
-    gram: Gram, start: np.ndarray | None, rtol: float
-) -> tuple[np.ndarray, np.ndarray, CholeskySolver, np.ndarray]:
-    """The largest eigenvalue of K and (an upper estimate of) the next one, the vector (r, 1), its solver, and B.
+#: Makes a start vector (r, 1) from K.
+Start = Callable[[np.ndarray], np.ndarray]
 
-    From a start vector (r, 1) near the top one, or from Lanczos: a Cholesky factorisation that succeeds proves that no
-    second eigenvalue is above the Rayleigh quotient, and its inverse then polishes the vector. Where neither is good
-    enough, from the two eigenvectors themselves. Where `rtol`, the accuracy asked of `Solver.rough`, and the gap allow
-    it, the factor and the B returned are in single precision; values and vector never are. Raises
-    numpy.linalg.LinAlgError where K cannot tell the values apart.
+
+def isolated_top(gram: Gram, starts: Sequence[Start], rtol: float) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
+    """The largest eigenvalue of K and (an upper estimate of) the next one, the vector (r, 1), and its solver.
+
+    From the first of the starts that is near enough, or from Lanczos: a Cholesky factorisation that succeeds proves
+    that no second eigenvalue is above the Rayleigh quotient, and its inverse then polishes the vector. Where none is
+    good enough, from the two eigenvectors themselves. Where `rtol`, the accuracy asked of `Solver.rough`, and the gap
+    allow it, the factor is in single precision; values and vector never are. Raises numpy.linalg.LinAlgError where K
+    cannot tell the values apart.
     """
-    full = gram.B.dtype
+    full = np.result_type(gram.B, np.float64)
     single = np.dtype(np.complex64 if np.issubdtype(full, np.complexfloating) else np.float32)
+    product: Product = gram
     for dtype in (single, full) if rtol >= SINGLE_FROM else (full,):
-        B, K = gram.matrix(dtype)
-        product = gram if dtype == single else K.__matmul__  # K itself where it is as precise: it is the smaller
-        for attempt in ("start", "Lanczos"):
+        low = gram.at(dtype)
+        K = low.matrix()
+        if dtype == full:
+            gram, product = low, K.__matmul__  # K itself where it is as precise: it is the smaller
+        for start in (*starts, _lanczos_top):
             try:
-                a = start if attempt == "start" else _lanczos_top(product, len(K), full)
-                if a is not None:
-                    return *_polished(gram, product, K, a, rtol), B
+                return _polished(gram, product, K, start(K).astype(full, copy=False), rtol)
             except _TooCloseError:
                 break
             except (ConvergenceError, np.linalg.LinAlgError):
                 continue
     w, X = top_two(K)
     u = X[:, 1:]
-    return w[::-1], u, CholeskySolver(K, u, float(w[1]), gram), B
+    return w[::-1], u, CholeskySolver(K, u, float(w[1]), gram)
+
+
+def improved(K: np.ndarray, known: CholeskySolver, gap: float, rtol: float) -> np.ndarray:
+    """The known solver's vector, so near the top one of K that one factorisation will do; in the precision of K.
+
+    The gap is that of the known K, relative to its largest value.
+    """
+    allowed = 0.5 * gap * (gap * _drift_allowed(K.dtype, rtol)) ** 0.5
+    floor = max(allowed, 8 * float(np.finfo(K.dtype).eps))
+    return followed(K.__matmul__, known.a.astype(K.dtype), known, floor)
+
+
+def _drift_allowed(dtype: Any, rtol: float) -> float:
+    """Square of how far, in units of the root of the relative gap, a factor's shift may be from the right vector."""
+    double = np.finfo(dtype).eps < SINGLE_FROM**2
+    return 64 * float(np.finfo(dtype).eps) if double else rtol / 8
 
 
 def _polished(
@@ -212,33 +258,30 @@ def _polished(
         raise np.linalg.LinAlgError("the next value is not known well enough")
     if not solver.precise and rtol * (theta - second) < _SINGLE_ERROR * float(np.finfo(K.dtype).eps) * theta:
         raise _TooCloseError
-    allowed = 64 * rounding if solver.precise else rtol / 8
-    if theta * drift**2 > allowed * (theta - second):  # the shift was not yet that of the vector
+    if theta * drift**2 > _drift_allowed(K.dtype, rtol) * (theta - second):  # the shift was not yet that of the vector
         solver = CholeskySolver(K, u, theta, gram)
     solver.a, solver.theta = u, theta
     return np.array([theta, second]), u, solver
 
 
-def followed(gram: Gram, u: np.ndarray, solver: Solver, gap: float) -> np.ndarray:
-    """The top vector (r, 1) of a K near that of the solver, so exact that its Rayleigh quotient has full accuracy.
+def followed(product: Product, u: np.ndarray, solver: Solver, rtol: float) -> np.ndarray:
+    """The top vector (r, 1) of a K near that of the solver, to a residual of rtol relative to its value.
 
     By Davidson's method from that K's own vector u (r, 1): the residual, solved with the old K, is what the new vector
-    lacks but for a factor of the order of the change to the gap, which is that between the values of K.
+    lacks but for a factor of the order of the change to the gap.
     """
-    basis, images = u, gram(u)
-    rounding = float(np.finfo(u.dtype).eps)
+    basis, images = u, product(u)
     for _ in range(24):
         w, S = np.linalg.eigh(basis.conj().T @ images)
         theta, x = float(w[-1]), basis @ S[:, -1:]
         residual = images @ S[:, -1:] - theta * x
-        # the error of the quotient is the square of that of the vector
-        if float(np.linalg.norm(residual)) <= 0.1 * np.sqrt(rounding * theta * gap):
+        if float(np.linalg.norm(residual)) <= rtol * theta:
             return np.asarray(x / np.linalg.norm(x))
         new = solver.rough(residual)
         for _ in range(2):  # twice is enough
             new = new - basis @ (basis.conj().T @ new)
             new = new / np.linalg.norm(new)
-        basis, images = np.hstack([basis, new]), np.hstack([images, gram(new)])
+        basis, images = np.hstack([basis, new]), np.hstack([images, product(new)])
     raise ConvergenceError("expected a matrix nearby, got one whose top singular vector is far from the known one")
 
 
@@ -249,10 +292,10 @@ def _rayleigh(product: Product, u: np.ndarray) -> tuple[float, np.ndarray]:
     return quotient, Ku - quotient * u
 
 
-def _lanczos_top(product: Product, r: int, dtype: Any) -> np.ndarray:
-    start = np.random.default_rng(0).standard_normal(r).astype(dtype)
-    _, X = _lanczos(product, r, 1, start, dtype, 1e-10)  # so accurate that one factorisation will do
-    return X
+def _lanczos_top(K: np.ndarray) -> np.ndarray:
+    start = np.random.default_rng(0).standard_normal((len(K), 1)).astype(K.dtype)
+    # so accurate that one factorisation will do
+    return largest(K.__matmul__, start, max(1e-10, 8 * float(np.finfo(K.dtype).eps)))
 
 
 def _next_value(product: Product, u: np.ndarray, solver: CholeskySolver, rtol: float) -> tuple[float, float]:
@@ -269,9 +312,9 @@ def _next_value(product: Product, u: np.ndarray, solver: CholeskySolver, rtol: f
     rounding = 16 * float(np.finfo(solver.L.dtype).eps)
     tol = max(1e-8, rtol / (8 * hidden), rounding)
     start = outside(np.random.default_rng(1).standard_normal(u.shape).astype(u.dtype))
-    x = largest(lambda x: outside(solver.rough(x)) - x / theta, start, tol, rounding / theta)
+    x = largest(lambda x: outside(solver.rough(x) - x / theta), start, tol, rounding / theta)
     # once more takes off what is far below, which the inverse hardly sees, and the rounding of its factor
-    better = outside(solver(x, rounds=1)) - x / theta
+    better = outside(solver(x, rounds=1) - x / theta)
     if (size := float(np.linalg.norm(better))) > rounding / theta:
         x = better / size
     value, residual = _rayleigh(product, x)
@@ -296,15 +339,17 @@ def largest(product: Product, start: np.ndarray, rtol: float, floor: float = 0.0
         V[0] = x / np.linalg.norm(x)
         for j in range(width):
             basis = V[: j + 1]
+            dual = basis.conj() if np.iscomplexobj(V) else basis
             w = product(V[j, :, None])[:, 0]
-            h = basis.conj() @ w
+            h = dual @ w
             T[j, j] = h[j].real
             w = w - h @ basis
-            w -= (basis.conj() @ w) @ basis  # twice is enough
-            beta = float(np.linalg.norm(w))
-            values, S = np.linalg.eigh(T[: j + 1, : j + 1])
-            if done := beta * abs(S[-1, -1]) <= max(rtol * values[-1], floor):
-                break
+            w -= (dual @ w) @ basis  # twice is enough
+            beta = math.sqrt(np.vdot(w, w).real)
+            if j + 1 == width or j % 3 == 2 or beta == 0.0:  # to look each time would cost more than a product
+                values, S = np.linalg.eigh(T[: j + 1, : j + 1])
+                if done := beta * abs(S[-1, -1]) <= max(rtol * values[-1], floor):
+                    break
             if j + 1 < width:
                 V[j + 1] = w / beta
                 T[j + 1, j] = T[j, j + 1] = beta

@@ -125,10 +125,11 @@ class SigmaHessian:
                 f"expected p (..., {m}) and q (..., {n}) with equal leading axes, "
                 f"got {tuple(p.shape)} and {tuple(q.shape)}"
             )
-        for x, name in ((p, "p"), (q, "q")):
-            if not bool(xp.all(xp.isfinite(x))):
+        sizes = [magnitude(x[..., None, :], xp) for x in (p, q)]
+        for size, name in zip(sizes, "pq", strict=True):
+            if not bool(xp.all(xp.isfinite(size))):
                 raise NonFiniteError(f"expected {name} to be finite, got NaN or inf in it")
-        e = _vector_exponent(p, q, xp)
+        e = exponent(xp.maximum(*sizes), xp)
         p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
         if self.triplet._svd is not None:
             total = self._spectrum.quadratic(p, q)

@@ -22,6 +22,7 @@ from specpert._arrays import (
     array_device,
     as_arrays,
     check_matrix,
+    dtype_name,
     eps,
     exponent,
     eye,
@@ -44,7 +45,9 @@ from specpert._solvers import (
     Gram,
     IterativeSolver,
     Solver,
+    Start,
     followed,
+    improved,
     isolated_top,
     top_of_gram,
 )
@@ -177,6 +180,11 @@ class SingularTriplet:
         inner = resolvent.resolvent if isinstance(resolvent, HostResolvent) else resolvent
         return inner if isinstance(inner, SmallSideResolvent) else None
 
+    @property
+    def _relative_gap(self) -> float:
+        """That of one value of one matrix, relative to it."""
+        return float(self._gap[..., 0]) / float(self._values[..., 0])
+
     def count_above(self, lower: float) -> int:
         """Number of singular values of A above `lower`; one that is within rounding of it counts or does not.
 
@@ -206,7 +214,8 @@ class SingularTriplet:
             raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
         if lower < 1e-6 * float(small.sigma[0]):  # squared it would be lost
             B: Any = solve.gram.B if isinstance(solve, CholeskySolver) else small.matrix
-            return int(np.sum(np.linalg.svd(B, compute_uv=False) > lower))
+            s = np.linalg.svd(B.astype(small.u.dtype, copy=False), compute_uv=False)
+            return int(np.sum(s > lower))
         return solve.count(lower * lower)
 
     def follow(self, A: Any) -> Array:
@@ -235,21 +244,21 @@ class SingularTriplet:
         >>> bool(np.isclose(singular_triplet(A).follow(A + H), np.linalg.norm(A + H, 2), rtol=1e-15))
         True
         """
-        xp, (_, A) = as_arrays(self._P0, A, names=["the triplet", "A"])
+        xp, (_, A) = as_arrays(self._P0, A, names=["the triplet", "A"], promote=False)
         if self.k != 0 or A.ndim != 2 or tuple(A.shape) != tuple(self.shape):
             raise ValueError(f"expected k = 0 and A of shape {tuple(self.shape)}, got k = {self.k}, {tuple(A.shape)}")
         check_matrix(A, "A", xp)
         view, small = host_view(A), self._small_side
         if view is None or small is None:
-            return self._result(xp.linalg.matrix_norm(A, ord=2))
+            return self._result(xp.linalg.matrix_norm(xp.astype(A, xp.result_type(A, self._P0), copy=False), ord=2))
         e = exponent(magnitude(A, xp), xp)
         if abs(float(e - self._e)) > 64:
             raise ConvergenceError(f"expected a matrix nearby, got one 2^{float(e - self._e):.0f} times as large")
         scaled = np.asarray(ldexp(view, np.asarray(-float(e))[..., None, None], np))
-        scaled = scaled.astype(np.result_type(small.u.dtype, scaled.dtype), copy=False)
         gram = Gram(adjoint(scaled, np) if small.mirrored else scaled)
-        gap = float(self._gap[..., 0]) * float(small.sigma[0])
-        v = gram.Ba @ followed(gram, small.u, small.solve, gap * 4.0 ** float(self._e - e))
+        # the error of the Rayleigh quotient is the square of that of the vector
+        tol = 0.1 * math.sqrt(self._relative_gap * float(np.finfo(small.u.dtype).eps))
+        v = gram.apply_adjoint(followed(gram, small.u, small.solve, tol))
         return self._result(ldexp(array(float(np.linalg.norm(v)), self._values, xp), e, xp))
 
     def __repr__(self) -> str:
@@ -266,6 +275,7 @@ def singular_triplet(
     method: str = "auto",
     gap_tol: float | None = None,
     rtol: float = 0.0,
+    dtype: Any = None,
 ) -> SingularTriplet:
     """Singular value k of A with its vectors, isolation distance and reduced resolvent.
 
@@ -275,9 +285,10 @@ def singular_triplet(
         Real or complex matrix or stack of matrices, of NumPy or any library of the array API.
     k : int or sequence of int
         Index of the value, 0 being the largest; a sequence asks for several, which share one decomposition.
-    v0 : array, shape (n,), optional
-        Start for the right singular vector, for example that of a matrix nearby; used by Lanczos and, for a min(m, n)
-        of 256 or more, by the Gram method. It saves time and changes nothing else.
+    v0 : array, shape (n,), or SingularTriplet, optional
+        Start for the right singular vector, for example that of a matrix nearby, or that matrix's triplet itself, of
+        which more can be used; by Lanczos and, for a min(m, n) of 256 or more, by the Gram method. It saves time and
+        changes nothing else.
     method : {"auto", "svd", "gram", "lanczos"}
         A thin SVD; for the largest value of one NumPy matrix the Gram matrix of the smaller side with a Cholesky
         factorisation, many times faster and as accurate for k = 0; or Lanczos with conjugate gradients, for sparse
@@ -290,6 +301,9 @@ def singular_triplet(
         Relative accuracy asked of the isolation distance and of Hessian forms and diagonals. From 1e-6 on, the Gram
         method may take them from a factorisation in single precision, where the gap is wide enough for that; singular
         value, vectors and series have full accuracy all the same.
+    dtype : dtype, optional
+        Precision of the results: A's own (default), or float64 of A's library for a float32 matrix that is meant
+        exactly as it is. The Gram method makes no copy of it for that.
 
     Returns
     -------
@@ -318,7 +332,7 @@ def singular_triplet(
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {METHODS}, got {method!r}")
     check_fraction(rtol, "rtol")
-    triplet, _ = prepare(A, k, [], [], cluster=False, gap_tol=gap_tol, method=method, v0=v0, rtol=rtol)
+    triplet, _ = prepare(A, k, [], [], cluster=False, gap_tol=gap_tol, method=method, v0=v0, rtol=rtol, dtype=dtype)
     return triplet
 
 
@@ -333,6 +347,7 @@ def prepare(
     method: str = "auto",
     v0: Any = None,
     rtol: float = 0.0,
+    dtype: Any = None,
     widen: bool = True,
 ) -> tuple[SingularTriplet, list[Any]]:
     """The triplet of A (or the one given in its place) and directions of its library, device, dtype and shape.
@@ -345,6 +360,10 @@ def prepare(
     if gap_tol is not None:
         check_fraction(gap_tol, "gap_tol")
     if is_operator(A) or any(is_operator(H) for H in directions) or (not prepared and method == "lanczos"):
+        if dtype is not None:
+            raise ValueError(
+                f"expected no dtype beside an operator or method='lanczos', which has float64, got {dtype}"
+            )
         if method in ("svd", "gram"):
             raise ValueError(f"expected a dense array for method={method!r}, got {type(A).__name__}; convert it to one")
         return _prepare_operators(A, k, directions, names, cluster, gap_tol, v0)
@@ -353,14 +372,14 @@ def prepare(
         raise ValueError(f"expected no v0 with {what}, which does not start from one")
     if not prepared:
         xp, (A, *arrays) = as_arrays(A, *directions, names=["A", *names])
-        triplet = _by_dense(A, k, gap_tol, cluster, method, xp, v0, rtol)
+        triplet = _by_dense(A, k, gap_tol, cluster, method, xp, v0, rtol, dtype)
     else:
         triplet, xp, arrays = A, A._xp, []
         if directions:
-            xp, (P0, *arrays) = as_arrays(A._P0, *directions, names=["the triplet", *names])
-            _, raw = as_arrays(*directions, names=names)
-            results = xp.result_type(A._dtype, real_dtype(raw[0].dtype, xp))
-            triplet = replace(A if P0.dtype == A._P0.dtype else cast(A, P0.dtype), _dtype=results)
+            xp, (P0, *arrays) = as_arrays(A._P0, *directions, names=["the triplet", *names], promote=False)
+            results = xp.result_type(A._dtype, *(real_dtype(H.dtype, xp) for H in arrays))
+            wide = xp.result_type(P0, *arrays)
+            triplet = replace(A if wide == P0.dtype else cast(A, wide), _dtype=results)
     for H, name in zip(arrays, names, strict=True):
         check_direction(H, name, triplet.shape, xp)
     if not widen and is_numpy(triplet._P0):
@@ -394,11 +413,12 @@ def _by_dense(
     xp: Namespace,
     v0: Any = None,
     rtol: float = 0.0,
+    dtype: Any = None,
 ) -> SingularTriplet:
     check_matrix(A, "A", xp)
+    real = _results(A, dtype, xp)
     m, n = A.shape[-2:]
-    if v0 is not None and tuple(getattr(v0, "shape", None) or np.shape(v0)) != (n,):
-        raise ValueError(f"expected v0 of shape ({n},), a right singular vector, got {np.shape(v0)}")
+    _check_start(v0, tuple(A.shape[-2:]))
     index = check_indices(k, min(m, n), cluster=cluster)
     e = exponent(magnitude(A, xp), xp)
     scaled = ldexp(A, -e[..., None, None], xp)
@@ -413,21 +433,41 @@ def _by_dense(
         )
     if view is not None:
         try:
-            return _by_gram(view, count, cluster, e, gap_tol, scaled, xp, v0, rtol)
+            return _by_gram(view, count, cluster, xp.astype(e, real, copy=False), gap_tol, scaled, xp, v0, rtol, real)
         except np.linalg.LinAlgError:  # the gap is within rounding of K: let the SVD decide whether it is a tie
             if method == "gram":
                 raise ConvergenceError(
                     "expected sigma_0 to be isolated well above rounding for method='gram', got a Gram matrix whose "
                     "shift is not positive definite; use method='svd'"
                 ) from None
-    tol = 10 * max(m, n) * eps(A, xp) if gap_tol is None else gap_tol
+    e, scaled = xp.astype(e, real, copy=False), to_precision(scaled, real, xp)
+    tol = 10 * max(m, n) * eps(scaled, xp) if gap_tol is None else gap_tol
     U, s, Vh = xp.linalg.svd(scaled, full_matrices=False)
     gap, status = isolation(s, _tuple(index), m != n, cluster, tol, xp)
-    margin = 10 * max(m, n) * eps(A, xp) * s[..., 0]
+    margin = 10 * max(m, n) * eps(scaled, xp) * s[..., 0]
     blank = SingularTriplet(
         index, tuple(A.shape), status, xp, e, s, U, Vh, gap, margin, _no_resolvent, s.dtype, _cluster=cluster
     )
     return _assemble(blank, (U, s, adjoint(Vh, xp)), index, gap)
+
+
+def _check_start(v0: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless v0 can be the start for a matrix of that shape."""
+    if isinstance(v0, SingularTriplet):
+        if tuple(v0.shape) != shape or v0.k != 0:
+            raise ValueError(f"expected v0 to be the triplet k = 0 of a matrix {shape}, got k = {v0.k} of {v0.shape}")
+    elif v0 is not None and tuple(getattr(v0, "shape", None) or np.shape(v0)) != shape[-1:]:
+        raise ValueError(f"expected v0 of shape ({shape[-1]},), a right singular vector, got {np.shape(v0)}")
+
+
+def _results(A: Array, dtype: Any, xp: Namespace) -> Any:
+    """The real dtype of results for a matrix A."""
+    own = real_dtype(A.dtype, xp)
+    if dtype is None or dtype == own:
+        return own
+    if dtype != "float64" and dtype != xp.float64:
+        raise ValueError(f"expected dtype to be that of A ({dtype_name(A)}) or float64, got {dtype!r}")
+    return xp.float64
 
 
 def _no_resolvent() -> Resolvent:
@@ -475,6 +515,7 @@ def _by_gram(
     xp: Namespace,
     v0: Any,
     rtol: float,
+    real: Any,
 ) -> SingularTriplet:
     """Top triplet, or cluster of the c largest values, of one matrix on the CPU from its smaller Gram matrix.
 
@@ -483,26 +524,27 @@ def _by_gram(
     """
     wide = A.shape[0] <= A.shape[1]
     dtype = np.result_type(A.dtype, np.float64)
-    gram = Gram((A if wide else adjoint(A, np)).astype(dtype, copy=False))
-    B, r = gram.B, len(gram.B)
+    gram = Gram(A if wide else adjoint(A, np))
+    r = len(gram.B)
     solve: Solver | None = None
     if cluster or r < _CHOLESKY_FROM:
-        matrix, K = gram.matrix(dtype)
-        w, X = np.linalg.eigh(K)
+        gram = gram.at(dtype)
+        matrix, (w, X) = gram.B, np.linalg.eigh(gram.matrix())
         w, X = w[::-1], X[:, ::-1]
         u = X[:, :c]
     else:
-        start = None if v0 is None else _on_smaller_side(v0, A.shape[1], B.__matmul__, dtype, wide)
-        w, u, solve, matrix = isolated_top(gram, start, rtol)
-    v = gram.Ba @ u
+        starts = _starts(v0, A.shape[1], gram, dtype, wide, rtol)
+        w, u, solve = isolated_top(gram, starts, rtol)
+        gram, matrix = solve.gram, solve.gram.at(solve.K.dtype).B
+    v = gram.apply_adjoint(u)
     s = np.sqrt(np.maximum(w, 0.0))
     s[:c] = np.linalg.norm(v, axis=0)
     if s[c - 1] == 0:
         raise np.linalg.LinAlgError("zero singular value")
     v /= s[:c]
     index = tuple(range(c)) if cluster else 0
-    # the error of the decomposition, and that with which a single-precision matrix was rounded to itself
-    error = 10 * max(max(A.shape) * float(np.finfo(dtype).eps), float(np.finfo(A.dtype).eps))
+    # the error of the decomposition, and that with which a matrix of results this precise was rounded to itself
+    error = 10 * max(max(A.shape) * float(np.finfo(dtype).eps), float(xp.finfo(real).eps))
     tol = error if gap_tol is None else gap_tol
     gap, status = isolation(s, tuple(range(c)), A.shape[0] != A.shape[1], cluster, tol, np)
     margin = np.asarray(10 * max(A.shape) * float(np.finfo(dtype).eps) * s[0])
@@ -510,11 +552,11 @@ def _by_gram(
         if w[c - 1] - w[c] <= 100 * r * float(np.finfo(dtype).eps) * w[0]:
             raise np.linalg.LinAlgError("the gap is within rounding")
         solve = EigenSolver(w[c:], X[:, c:], s[:c])
-    products = (lambda x: B @ x, lambda y: gram.Ba @ y)
-    resolvent = SmallSideResolvent(solve, products, u, v, s[:c], mirrored=not wide, matrix=matrix)
+    resolvent = SmallSideResolvent(
+        solve, (gram.apply, gram.apply_adjoint), u, v, s[:c], mirrored=not wide, matrix=matrix
+    )
     s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, margin))
     wrapped = resolvent if is_numpy(like) else HostResolvent(resolvent, like, xp)
-    real = real_dtype(like.dtype, xp)
     return SingularTriplet(
         index, A.shape, status, xp, e, s0, P0, Q0, gap, margin, lambda: wrapped, real, _cluster=cluster
     )
@@ -563,6 +605,9 @@ def _by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float |
         A = A.astype(np.result_type(A.dtype, np.float64), copy=False)
     B = as_operator(A, "A")
     m, n = B.shape
+    if isinstance(v0, SingularTriplet):
+        _check_start(v0, (m, n))
+        v0 = v0.v
     index = check_indices(k, min(m, n), cluster=cluster)
     if min(m, n) <= max(2 * (max(_tuple(index)) + 2), 32):  # too small for Lanczos to pay
         xp, (dense,) = as_arrays(B.dense(), names=["A"])
@@ -614,6 +659,19 @@ def _start(v0: Any, B: Operator, wide: bool) -> np.ndarray:
     if column is None:
         raise NonFiniteError("expected v0 not to be in the null space of A, got A v0 = 0")
     return column[:, 0] + 1e-4 * start / float(np.linalg.norm(start))
+
+
+def _starts(v0: Any, n: int, gram: Gram, dtype: Any, wide: bool, rtol: float) -> list[Start]:
+    """The ways to begin that `v0` offers."""
+    starts: list[Start] = []
+    if isinstance(v0, SingularTriplet):
+        small = v0._small_side
+        if small is not None and isinstance(small.solve, CholeskySolver) and small.mirrored != wide:
+            starts.append(partial(improved, known=small.solve, gap=v0._relative_gap, rtol=rtol))
+        v0 = v0.v
+    if v0 is not None and (column := _on_smaller_side(v0, n, gram.apply, dtype, wide)) is not None:
+        starts.append(lambda _: column)
+    return starts
 
 
 def _on_smaller_side(

@@ -1,9 +1,11 @@
-"""Series of one singular value along a direction, for a stack of small matrices, in terms of the array API.
+"""Kernels in terms of the array API and of NumPy.
 
 Legend: U (B, m, r), s (B, r), Vh (B, r, n) thin SVDs; H (B, m, n) directions; out (B, N + 1) coefficients.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from specpert._arrays import Array, adjoint, array, namespace
 from specpert._recursion import Vectors, extend, value_coefficients
@@ -21,3 +23,15 @@ def direction_series(U: Array, s: Array, Vh: Array, H: Array, k: int, out: Array
     E = extend(vectors, from_thin_svd(U, s, V, e, excluded, xp), e[..., None], one, order // 2, xp)
     for n, lam in enumerate(value_coefficients(vectors, E, order, xp)):
         out[..., n] = lam[..., 0]
+
+
+def add_product(A: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
+    """Add A x to out (..., m, c), in the precision of out: A (m, n) is widened block by block, in the cache."""
+    if A.flags.c_contiguous:
+        rows = max(1, 2**17 // A.shape[1])
+        for start in range(0, len(A), rows):
+            out[..., start : start + rows, :] += A[start : start + rows].astype(out.dtype) @ x
+    else:  # a transposed view, whose columns lie together
+        columns = max(1, 2**17 // len(A))
+        for start in range(0, A.shape[1], columns):
+            out += A[:, start : start + columns].astype(out.dtype) @ x[..., start : start + columns, :]

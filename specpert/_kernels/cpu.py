@@ -1,7 +1,8 @@
 """The same in Numba, for NumPy arrays: the only file that imports numba.
 
 The compiled code is cached on disk, so that it is made once for each machine and not in every process. Fast-math stays
-off: it would reorder the sums on which the accuracy of the residuals rests.
+off: it would reorder the sums on which the accuracy of the residuals rests. Products with a matrix in single precision,
+summed in double, may be reordered as in any BLAS.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from specpert._kernels import agnostic
+
 njit = numba.njit(cache=True, fastmath=False, nogil=True)
+njit_sums = numba.njit(cache=True, fastmath={"reassoc", "contract"}, nogil=True)
 
 
 @njit
@@ -103,3 +107,53 @@ def resolvent(U, s, Vh, k, f, g, x, y):  # type: ignore[no-untyped-def]
     if n > r:
         for b in range(n):
             y[b] += g[b] / e
+
+
+def add_product(A: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
+    """Add A x to out; compiled for a few real columns, for more BLAS on blocks is faster."""
+    plain = x.ndim == 2 and x.shape[1] <= 2 and (A.dtype, x.dtype) == (np.float32, np.float64)
+    if not (plain and (A.flags.c_contiguous or A.flags.f_contiguous)):
+        agnostic.add_product(A, x, out)
+        return
+    for xj, outj in zip(np.ascontiguousarray(x.T), out.T, strict=True):
+        if A.flags.c_contiguous:
+            add_rows(A, xj, outj)
+        else:
+            add_columns(A.T, xj, outj)
+
+
+@njit_sums
+def add_rows(A, x, out):  # type: ignore[no-untyped-def]
+    """Add A x to out; four rows at a time read x once."""
+    m, n = A.shape
+    whole = m - m % 4
+    for i in range(0, whole, 4):
+        a = b = c = d = 0.0
+        for j in range(n):
+            a += A[i, j] * x[j]
+            b += A[i + 1, j] * x[j]
+            c += A[i + 2, j] * x[j]
+            d += A[i + 3, j] * x[j]
+        out[i] += a
+        out[i + 1] += b
+        out[i + 2] += c
+        out[i + 3] += d
+    for i in range(whole, m):
+        a = 0.0
+        for j in range(n):
+            a += A[i, j] * x[j]
+        out[i] += a
+
+
+@njit_sums
+def add_columns(At, x, out):  # type: ignore[no-untyped-def]
+    """Add A x to out, from the transpose of A; four columns at a time write out once."""
+    n, m = At.shape
+    whole = n - n % 4
+    for j in range(0, whole, 4):
+        for i in range(m):
+            first = At[j, i] * x[j] + At[j + 1, i] * x[j + 1]
+            out[i] += first + (At[j + 2, i] * x[j + 2] + At[j + 3, i] * x[j + 3])
+    for j in range(whole, n):
+        for i in range(m):
+            out[i] += At[j, i] * x[j]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 
@@ -21,12 +23,10 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     rng = torch.get_rng_state()
     arguments = ["demo", "--steps", str(STEPS), "--lr", "0.05", "--seed", "0", "--batch-size", "64"]
-    with pytest.MonkeyPatch.context() as patch:
-        printed: list[str] = []
-        patch.setattr("builtins.print", lambda *args, **_: printed.append(" ".join(map(str, args))))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert cli.main([*arguments, "--out", str(folder)]) == 0
     assert torch.equal(torch.get_rng_state(), rng)
-    return folder, "\n".join(printed)
+    return folder, printed.getvalue()
 
 
 def test_second_order_follows_the_observation_at_every_step(run):

@@ -280,6 +280,14 @@ def test_lanczos_for_a_dense_array_and_warm_start():
         singular_triplet(B, v0=cold.u)
 
 
+def test_a_triplet_nearby_as_start_of_lanczos():
+    A = sparse.csr_array(np.diag(np.linspace(1.0, 2.0, 100))[:60])
+    near = singular_triplet(A)
+    assert math.isclose(singular_triplet(1.01 * A, v0=near).sigma, 1.01 * near.sigma, rel_tol=1e-13)
+    with pytest.raises(ValueError, match=r"the triplet k = 0 of a matrix \(60, 99\), got k = 0 of \(60, 100\)"):
+        singular_triplet(A[:, 1:], v0=near)
+
+
 def test_small_operators_are_decomposed():
     A, H = pair((6, 5))
     for B in operators(A).values():
@@ -391,6 +399,24 @@ def test_compiled_kernel_is_the_plain_one(shape, complex_, order):
         for i in range(3):
             d = singular_triplet(A[i], k=k).gap
             assert_same(compiled[i], plain[i], d)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+@pytest.mark.parametrize("layout", ["rows", "columns", "strided"])
+def test_compiled_kernel_of_products_in_two_precisions(layout, dtype, columns):
+    """Every number of A is exact in float64, so that the products are too, but for the rounding of float64."""
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((2 * 37, 2 * 41)).astype(dtype) * (1 if dtype == np.float32 else np.complex64(1 + 2j))
+    A = {"rows": np.ascontiguousarray(A[::2, ::2]), "columns": A[::2, ::2].copy("F"), "strided": A[::2, ::2]}[layout]
+    x = rng.standard_normal((41, columns)).astype(np.result_type(dtype, np.float64))
+    start = rng.standard_normal((37, columns)).astype(x.dtype)
+    plain, compiled = start.copy(), start.copy()
+    agnostic.add_product(A, x, plain)
+    cpu.add_product(A, x, compiled)
+    exact = start + A.astype(x.dtype) @ x
+    for found in (plain, compiled):
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])

@@ -266,3 +266,71 @@ def test_directions_in_single_precision_lose_nothing_more(shape, k):
         np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-9)
     else:  # up to the sign of the vectors
         np.testing.assert_allclose(np.trace(found, axis1=1, axis2=2), np.trace(exact, axis1=1, axis2=2), rtol=1e-5)
+
+
+def same_results(found, expected, rtol):
+    assert math.isclose(found.sigma, expected.sigma, rel_tol=1e-14)
+    assert (1 - (1e-3 if rtol else 1e-4)) * expected.gap <= found.gap <= (1 + 1e-9) * expected.gap
+    assert abs(np.vdot(found.u, expected.u)) > 1 - 1e-12
+    assert abs(np.vdot(found.v, expected.v)) > 1 - 1e-12
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(9, 12), (90, 70), (300, 320), (320, 300)], ids=str)
+@pytest.mark.parametrize("rtol", [0.0, 3e-5])
+def test_a_single_precision_matrix_meant_exactly(shape, complex_, rtol):
+    """With dtype float64 everything is as for the same numbers in float64."""
+    A = matrix(shape, complex_, 0.1).astype(np.complex64 if complex_ else np.float32)
+    H = step(shape, complex_, 0.01).astype(A.dtype)
+    wide = np.complex128 if complex_ else np.float64
+    found, expected = singular_triplet(A, rtol=rtol, dtype=np.float64), singular_triplet(A.astype(wide), method="svd")
+    assert found.u.dtype == wide
+    assert found.sigma.dtype == np.float64
+    same_results(found, expected, rtol)
+    series = [sigma_series(t, x, 4).coefficients for t, x in ((found, H), (expected, H.astype(wide)))]
+    np.testing.assert_allclose(*series, rtol=1e-10, atol=1e-15)
+    assert math.isclose(found.follow(A + H), np.linalg.norm((A + H).astype(wide), 2), rel_tol=1e-14)
+    assert singular_triplet(A).sigma.dtype == np.float32
+
+
+def test_dtype_of_other_libraries_and_stacks():
+    A = matrix((70, 80), False, 0.1).astype(np.float32)
+    exact = np.linalg.norm(A.astype(np.float64), 2)
+    triplet = singular_triplet(torch.from_numpy(A), dtype=torch.float64)
+    assert triplet.sigma.dtype == triplet.v.dtype == torch.float64
+    assert math.isclose(float(triplet.sigma), exact, rel_tol=1e-14)
+    stack = singular_triplet(np.stack([A, 2 * A]), dtype="float64")
+    np.testing.assert_allclose(stack.sigma, [exact, 2 * exact], rtol=1e-14)
+    assert singular_triplet(A, dtype=np.float32).sigma.dtype == np.float32
+
+
+def test_dtype_is_checked():
+    A = np.eye(3)[:2] * [[1], [2]]
+    for bad in (np.float32, np.int64, "single"):
+        with pytest.raises(ValueError, match=r"dtype to be that of A \(float64\) or float64"):
+            singular_triplet(A, dtype=bad)
+    with pytest.raises(ValueError, match="no dtype beside an operator"):
+        singular_triplet(sparse.csr_array(A), dtype=np.float64)
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(60, 70), (256, 300), (300, 256)], ids=str)
+@pytest.mark.parametrize("eps", [1e-3, 0.3, 2.0, 50.0])
+@pytest.mark.parametrize("rtol", [0.0, 3e-5])
+def test_a_triplet_nearby_as_start(shape, complex_, eps, rtol):
+    """Whatever the start, the result is that of the matrix alone."""
+    A = matrix(shape, complex_, 0.05)
+    B = 1e3 * (A + step(shape, complex_, eps * 0.025))
+    expected = singular_triplet(B, method="svd")
+    for method in ("auto", "svd"):
+        near = singular_triplet(A, method=method, rtol=0.0 if method == "svd" else rtol)
+        same_results(singular_triplet(B, v0=near, rtol=rtol), expected, rtol)
+
+
+def test_starts_of_another_matrix():
+    A = matrix((256, 300), False, 0.05)
+    for other in (singular_triplet(A.T.copy()), singular_triplet(A, k=1), singular_triplet(np.stack([A, A]))):
+        with pytest.raises(ValueError, match=r"expected v0 to be the triplet k = 0 of a matrix \(256, 300\)"):
+            singular_triplet(A, v0=other)
+    turned = 1j * A  # a real start serves a complex matrix
+    same_results(singular_triplet(turned, v0=singular_triplet(A)), singular_triplet(turned, method="svd"), 0.0)
