@@ -6,7 +6,9 @@ Legend: A (..., m, n) matrices; xp the array namespace; e integer exponents of t
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import array_api_compat
@@ -19,6 +21,8 @@ Namespace = Any
 
 _FLOATING = {"float16", "bfloat16", "float32", "float64", "complex64", "complex128"}
 _WORKING = {"float16": "float32", "bfloat16": "float32"}
+_NUMPY = array_api_compat.array_namespace(np.empty(0))
+_NUMPY_FLOATING = tuple(map(np.dtype, ("float32", "float64", "complex64", "complex128")))
 
 
 def as_arrays(*objects: Any, names: Sequence[str], promote: bool = True) -> tuple[Namespace, list[Array]]:
@@ -26,6 +30,9 @@ def as_arrays(*objects: Any, names: Sequence[str], promote: bool = True) -> tupl
 
     Without `promote` each keeps its own floating dtype.
     """
+    if all(type(x) is np.ndarray and x.dtype in _NUMPY_FLOATING for x in objects):  # nothing to look into
+        common = np.result_type(*objects) if promote else None
+        return _NUMPY, [x if common is None else x.astype(common, copy=False) for x in objects]
     arrays = [_as_array(x, name) for x, name in zip(objects, names, strict=True)]
     xp = array_api_compat.array_namespace(arrays[0])
     for x, name in zip(arrays[1:], names[1:], strict=True):
@@ -82,12 +89,13 @@ _small_calls = 0
 def kernels(matrices: int, hurried: bool = True) -> Any:
     """The module of kernels for so many small NumPy matrices in one call.
 
-    Loading the compiled ones takes longer than many a short script: they are used from the ninth small call on, and at
-    once for a stack that pays for it. Only hurried calls count, of which the kernel is the greater part.
+    Loading the compiled ones takes longer than many a short script: they are used from the ninth small call on, at
+    once for a stack that pays for it, and wherever they are loaded. Only hurried calls count, of which the kernel is
+    the greater part.
     """
     global _small_calls
     _small_calls += hurried
-    if _small_calls > 8 or matrices >= 512:
+    if _small_calls > 8 or matrices >= 512 or "specpert._kernels.cpu" in sys.modules:
         from specpert._kernels import cpu
 
         return cpu
@@ -117,14 +125,16 @@ def check_ndim(A: Array, name: str) -> None:
         raise ValueError(f"expected {name} to be a matrix (m, n) or a stack (..., m, n), got shape {tuple(A.shape)}")
 
 
-def check_matrix(A: Array, name: str, xp: Namespace) -> None:
-    """Raise unless A is a non-empty stack of matrices with finite entries."""
+def check_matrix(A: Array, name: str, xp: Namespace) -> Array:
+    """Raise unless A is a non-empty stack of matrices with finite entries; returns their `magnitude`."""
     check_ndim(A, name)
     if 0 in A.shape:
         raise ValueError(f"expected {name} to have at least one row, column and matrix, got shape {tuple(A.shape)}")
-    if not bool(xp.all(xp.isfinite(magnitude(A, xp)))):
+    size = magnitude(A, xp)
+    if not bool(xp.all(xp.isfinite(size))):
         bad = [int(i[0]) for i in xp.nonzero(~xp.isfinite(A))]
         raise NonFiniteError(f"expected {name} to be finite, got {A[tuple(bad)]} at index {tuple(bad)}")
+    return size
 
 
 def magnitude(A: Array, xp: Namespace) -> Array:
@@ -136,6 +146,8 @@ def magnitude(A: Array, xp: Namespace) -> Array:
         return xp.maximum(magnitude(xp.real(A), xp), magnitude(xp.imag(A), xp))
     # one long axis: many times faster for stacks of small matrices
     flat = xp.reshape(A, (*A.shape[:-2], math.prod(A.shape[-2:])))
+    if is_numpy(A):  # without the layers around them
+        return np.asarray(np.maximum(flat.max(axis=-1), -flat.min(axis=-1)))
     return xp.maximum(xp.max(flat, axis=-1), -xp.min(flat, axis=-1))
 
 
@@ -195,7 +207,12 @@ def real_dtype(dtype: Any, xp: Namespace) -> Any:
 
 def is_complex(A: Array, xp: Namespace) -> bool:
     """Whether A has a complex dtype."""
-    return bool(xp.isdtype(A.dtype, "complex floating"))
+    return _is_complex_dtype(A.dtype, xp)
+
+
+@cache
+def _is_complex_dtype(dtype: Any, xp: Namespace) -> bool:
+    return bool(xp.isdtype(dtype, "complex floating"))
 
 
 def real(A: Array, xp: Namespace) -> Array:
@@ -215,6 +232,11 @@ def exponent(size: Array, xp: Namespace) -> Array:
     Everything is computed for A / 2^e, so that powers neither overflow nor underflow; dividing by a power of two is
     exact. Sizes within 2^16 (2^4 in float32) of one need no such care, and spare the copy.
     """
+    if is_numpy(size):
+        _, e = np.frexp(size)
+        e = e - 1.0
+        e = np.where(np.abs(e) <= (16.0 if size.dtype == np.float64 else 4.0), 0.0, e)
+        return e.astype(size.dtype)
     info = xp.finfo(size.dtype)
     safe = xp.where(size > 0, xp.clip(size, float(info.smallest_normal), None), xp.ones_like(size))
     e = xp.floor(xp.log2(safe))
@@ -224,9 +246,12 @@ def exponent(size: Array, xp: Namespace) -> Array:
 
 def ldexp(x: Array, e: Array, xp: Namespace) -> Array:
     """Return x * 2^e, with e broadcast against x; no intermediate result overflows or becomes NaN."""
-    if not bool(xp.any(e != 0)):
+    if not (e.any() if is_numpy(e) else bool(xp.any(e != 0))):
         return x
     top = float(math.floor(math.log2(float(xp.finfo(x.dtype).max))) - 1)
+    if is_numpy(e) and is_numpy(x) and np.abs(e).max() <= top:
+        with np.errstate(over="ignore", under="ignore"):
+            return x * np.ldexp(real(x, xp).dtype.type(1), e.astype(np.int32))
     two = array(2.0, e, xp)
     with np.errstate(over="ignore", under="ignore"):  # callers look for infinities themselves
         for _ in range(3):  # three factors span more than the range of the floats, so the rest of e cannot matter

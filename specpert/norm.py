@@ -21,7 +21,6 @@ from specpert._arrays import (
     host_view,
     is_complex,
     ldexp,
-    magnitude,
     scalar,
 )
 from specpert._checks import check_fraction
@@ -65,8 +64,8 @@ def spectral_norm(A: Any, *, rtol: float = 0.0) -> Array:
     """
     check_fraction(rtol, "rtol")
     xp, (A,) = as_arrays(A, names=["A"])
-    check_matrix(A, "A", xp)
-    e = exponent(magnitude(A, xp), xp)
+    size = check_matrix(A, "A", xp)
+    e = exponent(size, xp)
     scaled = ldexp(A, -e[..., None, None], xp)
     view = host_view(scaled) if rtol > 0 and A.ndim == 2 and min(A.shape) >= _LANCZOS_FROM else None
     if view is not None and view.any():

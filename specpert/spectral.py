@@ -315,8 +315,8 @@ class SpectralFunction:
             (U, s, V), e, xp = A._svd, A._e, A._xp
         else:
             xp, (A,) = as_arrays(A, names=["A"])
-            check_matrix(A, "A", xp)
-            e = exponent(magnitude(A, xp), xp)
+            size = check_matrix(A, "A", xp)
+            e = exponent(size, xp)
             U, s, Vh = xp.linalg.svd(ldexp(A, -e[..., None, None], xp), full_matrices=False)
             V = adjoint(Vh, xp)
         return Point(self, xp, e, U, s, V)

@@ -30,7 +30,6 @@ from specpert._arrays import (
     host_view,
     is_numpy,
     ldexp,
-    magnitude,
     real_dtype,
     scalar,
     to_precision,
@@ -247,11 +246,11 @@ class SingularTriplet:
         xp, (_, A) = as_arrays(self._P0, A, names=["the triplet", "A"], promote=False)
         if self.k != 0 or A.ndim != 2 or tuple(A.shape) != tuple(self.shape):
             raise ValueError(f"expected k = 0 and A of shape {tuple(self.shape)}, got k = {self.k}, {tuple(A.shape)}")
-        check_matrix(A, "A", xp)
+        size = check_matrix(A, "A", xp)
         view, small = host_view(A), self._small_side
         if view is None or small is None:
             return self._result(xp.linalg.matrix_norm(xp.astype(A, xp.result_type(A, self._P0), copy=False), ord=2))
-        e = exponent(magnitude(A, xp), xp)
+        e = exponent(size, xp)
         if abs(float(e - self._e)) > 64:
             raise ConvergenceError(f"expected a matrix nearby, got one 2^{float(e - self._e):.0f} times as large")
         scaled = np.asarray(ldexp(view, np.asarray(-float(e))[..., None, None], np))
@@ -415,12 +414,12 @@ def _by_dense(
     rtol: float = 0.0,
     dtype: Any = None,
 ) -> SingularTriplet:
-    check_matrix(A, "A", xp)
+    size = check_matrix(A, "A", xp)
     real = _results(A, dtype, xp)
     m, n = A.shape[-2:]
     _check_start(v0, tuple(A.shape[-2:]))
     index = check_indices(k, min(m, n), cluster=cluster)
-    e = exponent(magnitude(A, xp), xp)
+    e = exponent(size, xp)
     scaled = ldexp(A, -e[..., None, None], xp)
     wanted = method == "gram" or (method == "auto" and min(m, n) >= _GRAM_FROM)
     count = len(_tuple(index))
