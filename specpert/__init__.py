@@ -6,6 +6,7 @@ from specpert.hessian import SigmaHessian
 from specpert.ito import ItoCoefficients, sigma_ito, spectral_ito
 from specpert.norm import spectral_norm
 from specpert.onesided import OneSided, isolating_cluster, one_sided_derivatives
+from specpert.prepare import singular_triplet
 from specpert.result import (
     ConvergenceError,
     DegenerateSingularValueError,
@@ -17,7 +18,7 @@ from specpert.result import (
 )
 from specpert.series import ClusterSeries, SigmaSeries, sigma_series
 from specpert.spectral import SpectralFunction
-from specpert.triplet import SingularTriplet, singular_triplet
+from specpert.triplet import SingularTriplet
 
 __all__ = [
     "ClusterSeries",

@@ -1,4 +1,4 @@
-"""The equation of the smaller side, (sigma^2 I - K) x = b, and the top of the spectrum of K.
+"""The equation of the smaller side, (sigma^2 I - K) x = b.
 
 Legend: B (r, c) the matrix, its smaller side first; K = B B^* (r, r); u (r, 1) its top vector, theta its top value; w
 eigenvalues, descending; X (r, j) vectors; b, x (r, c) columns.
@@ -6,8 +6,7 @@ eigenvalues, descending; X (r, j) vectors; b, x (r, c) columns.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,11 +15,6 @@ from specpert._arrays import widened
 from specpert.result import ConvergenceError
 
 Product = Callable[[np.ndarray], np.ndarray]
-
-# Relative error of a resolvent made in single precision, in units of eps theta / (theta - w_2): three quarters of it
-# were measured for matrices with a large mean, a tenth is usual.
-_SINGLE_ERROR = 2.0
-SINGLE_FROM = 1e-6  # the least relative accuracy for which single precision is thought of at all
 
 
 class Solver(Protocol):
@@ -178,196 +172,6 @@ class EigenSolver:
         return np.asarray(np.sum(self.weights * square(self.X.conj().T @ b), axis=0))
 
 
-class _TooCloseError(Exception):
-    """The top value is too close to the next one for the precision at hand."""
-
-
-#: Makes a start vector (r, 1) from K.
-Start = Callable[[np.ndarray], np.ndarray]
-
-
-def isolated_top(gram: Gram, starts: Sequence[Start], rtol: float) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
-    """The largest eigenvalue of K and (an upper estimate of) the next one, the vector (r, 1), and its solver.
-
-    From the first of the starts that is near enough, or from Lanczos: a Cholesky factorisation that succeeds proves
-    that no second eigenvalue is above the Rayleigh quotient, and its inverse then polishes the vector. Where none is
-    good enough, from the two eigenvectors themselves. Where `rtol`, the accuracy asked of `Solver.rough`, and the gap
-    allow it, the factor is in single precision; values and vector never are. Raises numpy.linalg.LinAlgError where K
-    cannot tell the values apart.
-    """
-    full = np.result_type(gram.B, np.float64)
-    single = np.dtype(np.complex64 if np.issubdtype(full, np.complexfloating) else np.float32)
-    product: Product = gram
-    for dtype in (single, full) if rtol >= SINGLE_FROM else (full,):
-        low = gram.at(dtype)
-        K = low.matrix()
-        if dtype == full:
-            gram, product = low, K.__matmul__  # K itself where it is as precise: it is the smaller
-        for start in (*starts, _lanczos_top):
-            try:
-                return _polished(gram, product, K, start(K).astype(full, copy=False), rtol)
-            except _TooCloseError:
-                break
-            except (ConvergenceError, np.linalg.LinAlgError):
-                continue
-    w, X = top_two(K)
-    u = X[:, 1:]
-    return w[::-1], u, CholeskySolver(K, u, float(w[1]), gram)
-
-
-def improved(K: np.ndarray, known: CholeskySolver, gap: float, rtol: float) -> np.ndarray:
-    """The known solver's vector, so near the top one of K that one factorisation will do; in the precision of K.
-
-    The gap is that of the known K, relative to its largest value.
-    """
-    allowed = 0.5 * gap * (gap * _drift_allowed(K.dtype, rtol)) ** 0.5
-    floor = max(allowed, 8 * float(np.finfo(K.dtype).eps))
-    return followed(K.__matmul__, known.a.astype(K.dtype), known, floor)
-
-
-def _drift_allowed(dtype: Any, rtol: float) -> float:
-    """Square of how far, in units of the root of the relative gap, a factor's shift may be from the right vector."""
-    double = np.finfo(dtype).eps < SINGLE_FROM**2
-    return 64 * float(np.finfo(dtype).eps) if double else rtol / 8
-
-
-def _polished(
-    gram: Gram, product: Product, K: np.ndarray, a: np.ndarray, rtol: float
-) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
-    """As `isolated_top`, from a vector that must be near; raises numpy.linalg.LinAlgError where it is not."""
-    rounding = float(np.finfo(a.dtype).eps)
-    theta, residual = _rayleigh(product, a)
-    solver = CholeskySolver(K, a, theta, gram)
-    u, size = a, float(np.linalg.norm(residual))
-    for _ in range(8):
-        if size <= 4 * rounding * theta:
-            break
-        # The shift stays at the start's Rayleigh quotient: far from it the errors would grow instead of shrink.
-        correction = solver.rough(residual)
-        better = u + correction - a @ (a.conj().T @ correction)
-        better = better / np.linalg.norm(better)
-        quotient, residual = _rayleigh(product, better)
-        if (left := float(np.linalg.norm(residual))) > size / 2:
-            break
-        u, theta, size = better, quotient, left
-    if size > len(K) * rounding * theta:
-        raise np.linalg.LinAlgError("the start is too far from the top vector")
-    drift = float(np.linalg.norm(u - a @ (a.conj().T @ u)))
-    second, error = _next_value(product, u, solver, rtol)
-    if theta - second <= 10 * error:  # so close that the estimate would decide whether it is a tie
-        raise np.linalg.LinAlgError("the next value is not known well enough")
-    if not solver.precise and rtol * (theta - second) < _SINGLE_ERROR * float(np.finfo(K.dtype).eps) * theta:
-        raise _TooCloseError
-    if theta * drift**2 > _drift_allowed(K.dtype, rtol) * (theta - second):  # the shift was not yet that of the vector
-        solver = CholeskySolver(K, u, theta, gram)
-    solver.a, solver.theta = u, theta
-    return np.array([theta, second]), u, solver
-
-
-def followed(product: Product, u: np.ndarray, solver: Solver, rtol: float) -> np.ndarray:
-    """The top vector (r, 1) of a K near that of the solver, to a residual of rtol relative to its value.
-
-    By Davidson's method from that K's own vector u (r, 1): the residual, solved with the old K, is what the new vector
-    lacks but for a factor of the order of the change to the gap.
-    """
-    basis, images = u, product(u)
-    for _ in range(24):
-        w, S = np.linalg.eigh(basis.conj().T @ images)
-        theta, x = float(w[-1]), basis @ S[:, -1:]
-        residual = images @ S[:, -1:] - theta * x
-        if float(np.linalg.norm(residual)) <= rtol * theta:
-            return np.asarray(x / np.linalg.norm(x))
-        new = solver.rough(residual)
-        for _ in range(2):  # twice is enough
-            new = new - basis @ (basis.conj().T @ new)
-            new = new / np.linalg.norm(new)
-        basis, images = np.hstack([basis, new]), np.hstack([images, product(new)])
-    raise ConvergenceError("expected a matrix nearby, got one whose top singular vector is far from the known one")
-
-
-def _rayleigh(product: Product, u: np.ndarray) -> tuple[float, np.ndarray]:
-    """The Rayleigh quotient of a unit column, and its residual."""
-    Ku = product(u)
-    quotient = float((u.conj().T @ Ku).real[0, 0])
-    return quotient, Ku - quotient * u
-
-
-def _lanczos_top(K: np.ndarray) -> np.ndarray:
-    start = np.random.default_rng(0).standard_normal((len(K), 1)).astype(K.dtype)
-    # so accurate that one factorisation will do
-    return largest(K.__matmul__, start, max(1e-10, 8 * float(np.finfo(K.dtype).eps)))
-
-
-def _next_value(product: Product, u: np.ndarray, solver: CholeskySolver, rtol: float) -> tuple[float, float]:
-    """Upper estimate of the largest eigenvalue of K on the complement of u, and the residual of its vector.
-
-    By Lanczos on the inverse, less the 1 / theta that it has for a value zero: K / (theta (theta I - K)). What a random
-    start can have hidden by its small share in a vector, about 1 / sqrt(r), is added.
-    """
-
-    def outside(x: np.ndarray) -> np.ndarray:
-        return x - u @ (u.conj().T @ x)
-
-    theta, hidden = solver.theta, 2 * len(u) ** 0.5
-    rounding = 16 * float(np.finfo(solver.L.dtype).eps)
-    tol = max(1e-8, rtol / (8 * hidden), rounding)
-    start = outside(np.random.default_rng(1).standard_normal(u.shape).astype(u.dtype))
-    x = largest(lambda x: outside(solver.rough(x) - x / theta), start, tol, rounding / theta)
-    # once more takes off what is far below, which the inverse hardly sees, and the rounding of its factor
-    better = outside(solver(x, rounds=1) - x / theta)
-    if (size := float(np.linalg.norm(better))) > rounding / theta:
-        x = better / size
-    value, residual = _rayleigh(product, x)
-    slack = (tol * value + rounding * (theta - value)) * (theta - value) / theta
-    if value < theta / 2 and not solver.precise:  # the inverse has no advantage, and its factor errors of eps theta
-        tol, rounding = 1e-8, 16 * float(np.finfo(u.dtype).eps)
-        x = largest(lambda x: outside(product(x)), x, tol, rounding * theta)
-        value, residual = _rayleigh(product, x)
-        slack = tol * value + rounding * theta
-    error = float(np.linalg.norm(residual))
-    return value + error + hidden * slack, error
-
-
-def largest(product: Product, start: np.ndarray, rtol: float, floor: float = 0.0, width: int = 40) -> np.ndarray:
-    """Unit vector (r, 1) of the largest eigenvalue of a positive operator, to a residual of rtol times that, or floor.
-
-    By Lanczos, restarted: where few products do, this takes a fraction of the time of ARPACK's many small calls.
-    """
-    V, T = np.empty((width, len(start)), start.dtype), np.zeros((width, width))
-    x = start[:, 0]
-    for _ in range(12):
-        V[0] = x / np.linalg.norm(x)
-        for j in range(width):
-            basis = V[: j + 1]
-            dual = basis.conj() if np.iscomplexobj(V) else basis
-            w = product(V[j, :, None])[:, 0]
-            h = dual @ w
-            T[j, j] = h[j].real
-            w = w - h @ basis
-            w -= (dual @ w) @ basis  # twice is enough
-            beta = math.sqrt(np.vdot(w, w).real)
-            if j + 1 == width or j % 3 == 2 or beta == 0.0:  # to look each time would cost more than a product
-                values, S = np.linalg.eigh(T[: j + 1, : j + 1])
-                if done := beta * abs(S[-1, -1]) <= max(rtol * values[-1], floor):
-                    break
-            if j + 1 < width:
-                V[j + 1] = w / beta
-                T[j + 1, j] = T[j, j + 1] = beta
-        x = S[:, -1].astype(V.dtype) @ basis
-        if done:
-            return np.asarray(x / np.linalg.norm(x))[:, None]
-    raise ConvergenceError("expected Lanczos to find the next singular value, got none after 12 restarts")
-
-
-def top_two(K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two largest eigenvalues of K, ascending, and their vectors."""
-    from scipy.linalg import eigh
-
-    r = len(K)
-    w, X = eigh(K, subset_by_index=[r - 2, r - 1], check_finite=False)
-    return w, X
-
-
 class IterativeSolver:
     """Solve (sigma^2 I - K) x = b on the complement of u by conjugate gradients, deflated with the known vectors.
 
@@ -420,74 +224,6 @@ class IterativeSolver:
         weights = self.sigma * self.sigma - self.w
         weights[self.index] = np.inf
         return x - X @ (X.conj().T @ x) + X @ (known / weights), residual
-
-
-def top_of_gram(
-    gram: Product, size: int, count: int, start: np.ndarray, dtype: Any
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """The `count` largest eigenvalues w of K, descending, their vectors X, and an upper estimate of the next one.
-
-    Lanczos (ARPACK). The next value is sought on the complement of X from a start of its own: a second copy of a tied
-    value is orthogonal to all that the first start can reach. It need be no more accurate than its distance, so its
-    residual is added to it. Where it turns out larger than a value found, the first start had missed it.
-    """
-    for _ in range(3):
-        w, X = _lanczos(gram, size, count, start, dtype, 0.0)
-        x, upper = _next_of_gram(gram, size, w, X, dtype)
-        if upper <= w[-1] * (1 + 1e-8):
-            break
-        start = X.sum(axis=1) + x
-    return w, X, min(upper, float(w[-1]))
-
-
-def _next_of_gram(gram: Product, size: int, w: np.ndarray, X: np.ndarray, dtype: Any) -> tuple[np.ndarray, float]:
-    """Vector and upper estimate of the largest eigenvalue of K on the complement of X."""
-
-    def deflated(x: np.ndarray) -> np.ndarray:
-        y = gram(x - X @ (X.conj().T @ x))
-        return y - X @ (X.conj().T @ y)
-
-    start = np.random.default_rng(1).standard_normal((size, 1)).astype(dtype)
-    start = start - X @ (X.conj().T @ start)
-    rounding = 100 * size * float(np.finfo(float).eps) * float(w[0])
-    if float(np.linalg.norm(deflated(start))) <= rounding * float(np.linalg.norm(start)):
-        return start[:, 0], 0.0
-    vector, upper = start[:, 0], 0.0
-    for tolerance in (1e-3, 0.0):
-        (value,), x = _lanczos(deflated, size, 1, vector, dtype, tolerance)
-        upper = float(value) + float(np.linalg.norm(deflated(x) - value * x))
-        vector = x[:, 0]
-        if w[-1] - upper > 0.1 * (w[-1] - value):
-            break
-    return vector, max(upper, 0.0)
-
-
-def _lanczos(
-    product: Product,
-    size: int,
-    count: int,
-    start: np.ndarray,
-    dtype: Any,
-    tolerance: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
-
-    operator = LinearOperator((size, size), matvec=lambda x: product(x.reshape(-1, 1)).reshape(-1), dtype=dtype)
-    width = min(size, max(2 * count + 1, 24))
-    try:
-        w, X = eigsh(operator, k=count, which="LA", v0=start, tol=tolerance, ncv=width, maxiter=500)
-    except ArpackNoConvergence as error:
-        raise ConvergenceError(
-            f"expected Lanczos to find {count} singular value(s), got {len(error.eigenvalues)} after 500 restarts: "
-            "they lie too close together; use a dense array with method='svd', or a better start vector v0"
-        ) from error
-    except ArpackError as error:
-        raise ConvergenceError(
-            f"expected Lanczos to run, got an error of ARPACK ({error}): are the products finite, and is rmatvec the "
-            "adjoint of matvec?"
-        ) from error
-    order = np.argsort(w)[::-1]
-    return w[order], X[:, order]
 
 
 def square(x: np.ndarray) -> np.ndarray:

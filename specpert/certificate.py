@@ -31,7 +31,8 @@ from specpert._arrays import (
 from specpert._checks import check_order
 from specpert._operators import Operator, spectral_norm_bound
 from specpert._recursion import Vectors, extend, products
-from specpert.triplet import SingularTriplet, prepare
+from specpert.prepare import prepare
+from specpert.triplet import SingularTriplet
 
 
 def _bound(A_j: Any, like: Array, xp: Namespace) -> Array:

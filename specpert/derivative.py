@@ -19,9 +19,10 @@ from specpert._operators import is_operator
 from specpert._recursion import products
 from specpert._subsets import dense_tensor, mixed_cluster_mean, mixed_derivative
 from specpert.hessian import SigmaHessian, dense_hessian
+from specpert.prepare import prepare
 from specpert.result import DegenerateSingularValueError, DenseSizeError
 from specpert.series import ClusterSeries, expand, fast_coefficients, scale, times_factorial
-from specpert.triplet import SingularTriplet, prepare
+from specpert.triplet import SingularTriplet
 
 MAX_DENSE_BYTES = 2**31
 """Largest dense derivative that is made, in bytes; set ``specpert.derivative.MAX_DENSE_BYTES`` for another limit."""

@@ -37,8 +37,9 @@ from specpert._arrays import (
 from specpert._checks import check_shape
 from specpert._operators import is_operator
 from specpert._resolvent import HostResolvent, SmallSideResolvent
+from specpert.prepare import prepare
 from specpert.result import NonFiniteError
-from specpert.triplet import SingularTriplet, cast, prepare
+from specpert.triplet import SingularTriplet, cast
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

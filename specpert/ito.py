@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from specpert._arrays import Array, as_arrays, namespace, scalar
+from specpert.prepare import prepare
 from specpert.result import SpecpertError
 from specpert.series import ClusterSeries, expand
 from specpert.spectral import SpectralFunction
-from specpert.triplet import SingularTriplet, prepare
+from specpert.triplet import SingularTriplet
 
 
 @dataclass(frozen=True, eq=False)

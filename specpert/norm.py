@@ -24,7 +24,8 @@ from specpert._arrays import (
     scalar,
 )
 from specpert._checks import check_fraction
-from specpert._solvers import Gram, largest
+from specpert._solvers import Gram
+from specpert._top import largest
 from specpert.result import ConvergenceError
 
 _LANCZOS_FROM = 64  # smaller side from which a few products beat a decomposition

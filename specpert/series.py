@@ -34,8 +34,9 @@ from specpert._checks import check_order
 from specpert._operators import Operator
 from specpert._recursion import Vectors, extend, products, value_coefficients
 from specpert.certificate import Certificate
+from specpert.prepare import prepare
 from specpert.result import Status
-from specpert.triplet import SingularTriplet, prepare
+from specpert.triplet import SingularTriplet
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,0 +1,198 @@
+"""Singular triplets of dense arrays: from a thin SVD, or from the Gram matrix of the smaller side.
+
+Legend: A (..., m, n), r = min(m, n); s (..., r) singular values; c number of values asked for; d isolation distance in
+the spectrum of T0 = [[0, A], [A^*, 0]] (theory 1.9). All private arrays are those of A / 2^e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from specpert._arrays import (
+    Array,
+    Namespace,
+    adjoint,
+    array_device,
+    check_matrix,
+    dtype_name,
+    eps,
+    exponent,
+    from_host,
+    host_view,
+    is_numpy,
+    ldexp,
+    real_dtype,
+    to_precision,
+)
+from specpert._checks import check_indices
+from specpert._isolation import isolation
+from specpert._resolvent import HostResolvent, SmallSideResolvent
+from specpert._solvers import CholeskySolver, EigenSolver, Gram, Solver
+from specpert._top import Start, improved, isolated_top
+from specpert.result import (
+    ConvergenceError,
+    NonFiniteError,
+)
+from specpert.triplet import SingularTriplet, as_tuple, assemble, no_resolvent
+
+_GRAM_FROM = 64  # smaller side from which the Gram matrix beats the SVD for the top value
+# From this side on SciPy's partial decomposition and Cholesky pay; below, its pool of threads beside NumPy's costs more
+_CHOLESKY_FROM = 256
+
+
+def by_dense(
+    A: Array,
+    k: int | Sequence[int],
+    gap_tol: float | None,
+    cluster: bool,
+    method: str,
+    xp: Namespace,
+    v0: Any = None,
+    rtol: float = 0.0,
+    dtype: Any = None,
+) -> SingularTriplet:
+    size = check_matrix(A, "A", xp)
+    real = _results(A, dtype, xp)
+    m, n = A.shape[-2:]
+    check_start(v0, tuple(A.shape[-2:]))
+    index = check_indices(k, min(m, n), cluster=cluster)
+    e = exponent(size, xp)
+    scaled = ldexp(A, -e[..., None, None], xp)
+    wanted = method == "gram" or (method == "auto" and min(m, n) >= _GRAM_FROM)
+    count = len(as_tuple(index))
+    top = as_tuple(index) == tuple(range(count)) and (cluster or count == 1) and count < min(m, n) > 2
+    view = host_view(scaled) if wanted and A.ndim == 2 and top else None
+    if method == "gram" and view is None:
+        raise ValueError(
+            "expected one matrix on the CPU with min(m, n) > 2 and k = 0 (or a cluster of the largest values) for "
+            f"method='gram', got shape {tuple(A.shape)}, k = {index} on {array_device(A)}; use method='svd'"
+        )
+    if view is not None:
+        try:
+            return _by_gram(view, count, cluster, xp.astype(e, real, copy=False), gap_tol, scaled, xp, v0, rtol, real)
+        except np.linalg.LinAlgError:  # the gap is within rounding of K: let the SVD decide whether it is a tie
+            if method == "gram":
+                raise ConvergenceError(
+                    "expected sigma_0 to be isolated well above rounding for method='gram', got a Gram matrix whose "
+                    "shift is not positive definite; use method='svd'"
+                ) from None
+    e, scaled = xp.astype(e, real, copy=False), to_precision(scaled, real, xp)
+    tol = 10 * max(m, n) * eps(scaled, xp) if gap_tol is None else gap_tol
+    U, s, Vh = xp.linalg.svd(scaled, full_matrices=False)
+    gap, status = isolation(s, as_tuple(index), m != n, cluster, tol, xp)
+    margin = 10 * max(m, n) * eps(scaled, xp) * s[..., 0]
+    blank = SingularTriplet(
+        index, tuple(A.shape), status, xp, e, s, U, Vh, gap, margin, no_resolvent, s.dtype, _cluster=cluster
+    )
+    return assemble(blank, (U, s, adjoint(Vh, xp)), index, gap)
+
+
+def check_start(v0: Any, shape: tuple[int, ...]) -> None:
+    """Raise unless v0 can be the start for a matrix of that shape."""
+    if isinstance(v0, SingularTriplet):
+        if tuple(v0.shape) != shape or v0.k != 0:
+            raise ValueError(f"expected v0 to be the triplet k = 0 of a matrix {shape}, got k = {v0.k} of {v0.shape}")
+    elif v0 is not None and tuple(getattr(v0, "shape", None) or np.shape(v0)) != shape[-1:]:
+        raise ValueError(f"expected v0 of shape ({shape[-1]},), a right singular vector, got {np.shape(v0)}")
+
+
+def _results(A: Array, dtype: Any, xp: Namespace) -> Any:
+    """The real dtype of results for a matrix A."""
+    own = real_dtype(A.dtype, xp)
+    if dtype is None or dtype == own:
+        return own
+    if dtype != "float64" and dtype != xp.float64:
+        raise ValueError(f"expected dtype to be that of A ({dtype_name(A)}) or float64, got {dtype!r}")
+    return xp.float64
+
+
+def _by_gram(
+    A: np.ndarray,
+    c: int,
+    cluster: bool,
+    e: Array,
+    gap_tol: float | None,
+    like: Array,
+    xp: Namespace,
+    v0: Any,
+    rtol: float,
+    real: Any,
+) -> SingularTriplet:
+    """Top triplet, or cluster of the c largest values, of one matrix on the CPU from its smaller Gram matrix.
+
+    In float64 at least. A cluster or a small matrix takes all eigenvectors of the Gram matrix, one value of a large one
+    a Cholesky factorisation.
+    """
+    wide = A.shape[0] <= A.shape[1]
+    dtype = np.result_type(A.dtype, np.float64)
+    gram = Gram(A if wide else adjoint(A, np))
+    r = len(gram.B)
+    solve: Solver | None = None
+    if cluster or r < _CHOLESKY_FROM:
+        gram = gram.at(dtype)
+        matrix, (w, X) = gram.B, np.linalg.eigh(gram.matrix())
+        w, X = w[::-1], X[:, ::-1]
+        u = X[:, :c]
+    else:
+        starts = _starts(v0, A.shape[1], gram, dtype, wide, rtol)
+        w, u, solve = isolated_top(gram, starts, rtol)
+        gram, matrix = solve.gram, solve.gram.at(solve.K.dtype).B
+    v = gram.apply_adjoint(u)
+    s = np.sqrt(np.maximum(w, 0.0))
+    s[:c] = np.linalg.norm(v, axis=0)
+    if s[c - 1] == 0:
+        raise np.linalg.LinAlgError("zero singular value")
+    v /= s[:c]
+    index = tuple(range(c)) if cluster else 0
+    # the error of the decomposition, and that with which a matrix of results this precise was rounded to itself
+    error = 10 * max(max(A.shape) * float(np.finfo(dtype).eps), float(xp.finfo(real).eps))
+    tol = error if gap_tol is None else gap_tol
+    gap, status = isolation(s, tuple(range(c)), A.shape[0] != A.shape[1], cluster, tol, np)
+    margin = np.asarray(10 * max(A.shape) * float(np.finfo(dtype).eps) * s[0])
+    if solve is None:
+        if w[c - 1] - w[c] <= 100 * r * float(np.finfo(dtype).eps) * w[0]:
+            raise np.linalg.LinAlgError("the gap is within rounding")
+        solve = EigenSolver(w[c:], X[:, c:], s[:c])
+    resolvent = SmallSideResolvent(
+        solve, (gram.apply, gram.apply_adjoint), u, v, s[:c], mirrored=not wide, matrix=matrix
+    )
+    s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, margin))
+    wrapped = resolvent if is_numpy(like) else HostResolvent(resolvent, like, xp)
+    return SingularTriplet(
+        index, A.shape, status, xp, e, s0, P0, Q0, gap, margin, lambda: wrapped, real, _cluster=cluster
+    )
+
+
+def _starts(v0: Any, n: int, gram: Gram, dtype: Any, wide: bool, rtol: float) -> list[Start]:
+    """The ways to begin that `v0` offers."""
+    starts: list[Start] = []
+    if isinstance(v0, SingularTriplet):
+        small = v0._small_side
+        if small is not None and isinstance(small.solve, CholeskySolver) and small.mirrored != wide:
+            starts.append(partial(improved, known=small.solve, gap=v0._relative_gap, rtol=rtol))
+        v0 = v0.v
+    if v0 is not None and (column := on_smaller_side(v0, n, gram.apply, dtype, wide)) is not None:
+        starts.append(lambda _: column)
+    return starts
+
+
+def on_smaller_side(
+    v0: Any, n: int, apply: Callable[[np.ndarray], np.ndarray], dtype: Any, wide: bool
+) -> np.ndarray | None:
+    """A start v0 (n,) for the right singular vector as a unit column of the smaller side; None if it vanishes there."""
+    view = host_view(v0)
+    v0 = np.asarray(v0 if view is None else view)
+    if v0.shape != (n,):
+        raise ValueError(f"expected v0 of shape ({n},), a right singular vector, got {v0.shape}")
+    if np.iscomplexobj(v0) and not np.issubdtype(dtype, np.complexfloating):
+        raise TypeError("expected a real v0 for a real matrix, got a complex one")
+    column = v0.astype(dtype)[:, None]
+    warm = apply(column) if wide else column
+    size = float(np.linalg.norm(warm))
+    if not size < np.inf:
+        raise NonFiniteError(f"expected v0 to be finite, got a norm of {size}")
+    return np.asarray(warm / size) if size > 0 else None
