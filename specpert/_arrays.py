@@ -220,6 +220,11 @@ def real(A: Array, xp: Namespace) -> Array:
     return xp.real(A) if is_complex(A, xp) else A
 
 
+def square(x: Array, xp: Namespace) -> Array:
+    """|x|^2 elementwise."""
+    return xp.real(x) ** 2 + xp.imag(x) ** 2 if is_complex(x, xp) else x * x
+
+
 def adjoint(A: Array, xp: Namespace) -> Array:
     """Conjugate transpose A^* (..., n, m)."""
     At = xp.matrix_transpose(A)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from specpert._arrays import Array, Namespace, adjoint, from_host
-from specpert._solvers import Solver, square
+from specpert._arrays import Array, Namespace, adjoint, from_host, square
+from specpert._solvers import Solver
 
 Resolvent = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -101,7 +101,7 @@ class SmallSideResolvent:
         r = self.apply(g.T).T if self.matrix is None else g @ self.matrix.T
         r = r + float(self.sigma[0]) * f
         r -= (r @ u.conj().T.astype(r.dtype)) @ u.astype(r.dtype)
-        along = square((a - b)[:, 0]) / 4  # (a - b) / 2 of v is left in g, whose image belongs to u
+        along = square((a - b)[:, 0], np) / 4  # (a - b) / 2 of v is left in g, whose image belongs to u
         total = np.einsum("ij,ij->i", g, g.conj()).real + along + self.solve.form(r.T)
         return np.asarray(total / self.sigma, self.sigma.dtype)
 
@@ -113,7 +113,7 @@ class SmallSideResolvent:
         S = self.solve.rough(np.eye(len(u), dtype=u.dtype) - u @ u.conj().T)
         S = S - u @ (u.conj().T @ S)
         C = S @ A
-        uu, vv = square(u[:, 0]), square(v[:, 0])
+        uu, vv = square(u[:, 0], np), square(v[:, 0], np)
         L = sigma * np.diagonal(S).real + uu / (4 * sigma)
         R = (1 + np.sum(A.real * C.real + A.imag * C.imag, axis=0)) / sigma - 0.75 * vv / sigma
         C = C - u @ v.conj().T / (4 * sigma)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from specpert._arrays import widened
+from specpert._arrays import square, widened
 from specpert.result import ConvergenceError
 
 Product = Callable[[np.ndarray], np.ndarray]
@@ -169,7 +169,7 @@ class EigenSolver:
 
     def form(self, b: np.ndarray) -> np.ndarray:
         """As of the protocol."""
-        return np.asarray(np.sum(self.weights * square(self.X.conj().T @ b), axis=0))
+        return np.asarray(np.sum(self.weights * square(self.X.conj().T @ b, np), axis=0))
 
 
 class IterativeSolver:
@@ -224,8 +224,3 @@ class IterativeSolver:
         weights = self.sigma * self.sigma - self.w
         weights[self.index] = np.inf
         return x - X @ (X.conj().T @ x) + X @ (known / weights), residual
-
-
-def square(x: np.ndarray) -> np.ndarray:
-    """|x|^2 elementwise."""
-    return np.asarray(x.real**2 + x.imag**2)

@@ -33,6 +33,7 @@ from specpert._arrays import (
     real,
     real_dtype,
     scalar,
+    square,
 )
 from specpert._checks import check_shape
 from specpert._operators import is_operator
@@ -216,8 +217,8 @@ class SigmaHessian:
         else:
             L, R, C = self._spectrum.diagonal_blocks()
         u, v = self._u[..., :, None], self._v[..., None, :]
-        left = L[..., :, None] * _square(v, xp)
-        right = _square(u, xp) * R[..., None, :]
+        left = L[..., :, None] * square(v, xp)
+        right = square(u, xp) * R[..., None, :]
         cross = 2 * real(u * xp.conj(v) * C if is_complex(C, xp) else u * v * C, xp)
         if not is_complex(self.triplet._P0, xp):
             total = self.triplet._result(left + right + cross)
@@ -290,7 +291,7 @@ class _Spectrum:
         """Forms (...) from projections (..., m), (..., n)."""
         xp, U, V = self.xp, self.U, self.V
         a, b = _times(adjoint(U, xp), p), _times(adjoint(V, xp), q)
-        total = xp.sum(self.minus * _square(a + b, xp) + self.plus * _square(a - b, xp), axis=-1)
+        total = xp.sum(self.minus * square(a + b, xp) + self.plus * square(a - b, xp), axis=-1)
         m, n = p.shape[-1], q.shape[-1]
         if m > n:
             total = total + self._outside(p, a, U) / self.sigma
@@ -302,9 +303,9 @@ class _Spectrum:
         """||q - V b||^2 by Pythagoras; the part along v, which may be all of q and adds nothing, is taken off first."""
         xp, k = self.xp, self.k
         rest = q - V[..., k] * b[..., k : k + 1]
-        others = _square(b, xp)
+        others = square(b, xp)
         inside = xp.sum(others[..., :k], axis=-1) + xp.sum(others[..., k + 1 :], axis=-1)
-        return xp.clip(xp.sum(_square(rest, xp), axis=-1) - inside, 0.0, None)
+        return xp.clip(xp.sum(square(rest, xp), axis=-1) - inside, 0.0, None)
 
     def blocks(self) -> tuple[Array, Array, Array]:
         """L = U diag(direct) U^* + (I - U U^*) / sigma, R alike from V, and C = U diag(cross) V^*, for A / 2^e."""
@@ -327,7 +328,7 @@ class _Spectrum:
         direct, cross = (self.minus + self.plus)[..., None, :], (self.minus - self.plus)[..., None, :]
         # 1 / sigma for what a thin SVD leaves out, and the rest for what it holds
         base = 1 / self.sigma[..., None, None]
-        L, R = (xp.sum(_square(X, xp) * (direct - base), axis=-1) + base[..., 0] for X in (U, V))
+        L, R = (xp.sum(square(X, xp) * (direct - base), axis=-1) + base[..., 0] for X in (U, V))
         return L, R, (U * cross) @ adjoint(V, xp)
 
 
@@ -390,10 +391,6 @@ def _filled(u: np.ndarray, v: np.ndarray, left: np.ndarray, right: np.ndarray) -
         np.multiply.outer(v, left[p], out=dense[p])
         dense[p] += u[p] * right
     return dense
-
-
-def _square(x: Array, xp: Any) -> Array:
-    return xp.real(x) ** 2 + xp.imag(x) ** 2 if is_complex(x, xp) else x * x
 
 
 def _times(M: Array, x: Array) -> Array:
