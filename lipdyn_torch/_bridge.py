@@ -294,6 +294,9 @@ def spectral_norm(matrix: Tensor) -> float:
     if matrix.numel() == 0:
         return 0.0
     try:
-        return float(specpert.spectral_norm(_array(matrix), rtol=3e-4))
+        # on a GPU by a Gram matrix, which single precision (there perhaps TF32) would spoil
+        return float(
+            specpert.spectral_norm(_array(matrix) if matrix.device.type == "cpu" else matrix.double(), rtol=3e-4)
+        )
     except specpert.NonFiniteError:
         return math.nan
