@@ -57,6 +57,8 @@ def _as_array(x: Any, name: str) -> Array:
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"expected {name} without a mask, got a masked array; fill it first, e.g. {name}.filled(0)")
     if array_api_compat.is_array_api_obj(x) and not isinstance(x, np.ndarray | np.generic):
+        if array_api_compat.is_torch_array(x) and str(x.layout) != "torch.strided":
+            raise TypeError(f"expected {name} to be a dense tensor, got {x.layout}; convert it, e.g. {name}.to_dense()")
         return _plain(x)
     if hasattr(x, "toarray") or hasattr(x, "matvec"):
         raise TypeError(
@@ -180,7 +182,7 @@ def host_view(x: Array) -> np.ndarray | None:
 
 def from_host(x: np.ndarray, like: Array, xp: Namespace) -> Array:
     """A NumPy array as one of the library of `like`, without a copy."""
-    return x if isinstance(like, np.ndarray) else xp.from_dlpack(np.ascontiguousarray(x))
+    return x if isinstance(like, np.ndarray) else xp.from_dlpack(np.asarray(x, order="C"))
 
 
 def to_precision(x: Array, dtype: Any, xp: Namespace) -> Array:
@@ -231,21 +233,21 @@ def adjoint(A: Array, xp: Namespace) -> Array:
     return xp.conj(At) if is_complex(A, xp) else At
 
 
-def exponent(size: Array, xp: Namespace) -> Array:
+def exponent(size: Array, xp: Namespace, always: bool = False) -> Array:
     """Floor of log2 of sizes (...), as floats; 0 for a zero and where the size is near one.
 
     Everything is computed for A / 2^e, so that powers neither overflow nor underflow; dividing by a power of two is
-    exact. Sizes within 2^16 (2^4 in float32) of one need no such care, and spare the copy.
+    exact. Sizes within 2^16 (2^4 in float32) of one need no such care, and spare the copy, but for `always`.
     """
     if is_numpy(size):
         _, e = np.frexp(size)
-        e = e - 1.0
-        e = np.where(np.abs(e) <= (16.0 if size.dtype == np.float64 else 4.0), 0.0, e)
-        return e.astype(size.dtype)
+        e = np.maximum(e - 1.0, float(np.finfo(size.dtype).minexp))  # so that 2^-e is a number, too
+        near = 0.0 if always else 16.0 if size.dtype == np.float64 else 4.0
+        return np.where((np.abs(e) <= near) | (size == 0), 0.0, e).astype(size.dtype)
     info = xp.finfo(size.dtype)
     safe = xp.where(size > 0, xp.clip(size, float(info.smallest_normal), None), xp.ones_like(size))
     e = xp.floor(xp.log2(safe))
-    near = 16.0 if info.bits > 32 else 4.0
+    near = 0.0 if always else 16.0 if info.bits > 32 else 4.0
     return xp.where(xp.abs(e) <= near, xp.zeros_like(e), e)
 
 

@@ -35,6 +35,7 @@ from specpert._solvers import CholeskySolver, EigenSolver, Gram, Solver
 from specpert._top import Start, improved, isolated_top
 from specpert.result import (
     ConvergenceError,
+    DegenerateSingularValueError,
     NonFiniteError,
 )
 from specpert.triplet import SingularTriplet, as_tuple, assemble, no_resolvent
@@ -103,11 +104,17 @@ def check_start(v0: Any, shape: tuple[int, ...]) -> None:
 def _results(A: Array, dtype: Any, xp: Namespace) -> Any:
     """The real dtype of results for a matrix A."""
     own = real_dtype(A.dtype, xp)
-    if dtype is None or dtype == own:
+    if dtype is None:
         return own
-    if dtype != "float64" and dtype != xp.float64:
-        raise ValueError(f"expected dtype to be that of A ({dtype_name(A)}) or float64, got {dtype!r}")
-    return xp.float64
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:  # of another library
+        name = str(dtype).rsplit(".", 1)[-1]
+    if name in ("float64", "complex128"):
+        return xp.float64
+    if name not in ("float32", "complex64") or own == xp.float64:
+        raise ValueError(f"expected dtype to be float64 or that of A, {dtype_name(A)}, got {dtype!r}")
+    return own
 
 
 def _by_gram(
@@ -151,9 +158,19 @@ def _by_gram(
     # the error of the decomposition, and that with which a matrix of results this precise was rounded to itself
     error = 10 * max(max(A.shape) * float(np.finfo(dtype).eps), float(xp.finfo(real).eps))
     tol = error if gap_tol is None else gap_tol
-    gap, status = isolation(s, tuple(range(c)), A.shape[0] != A.shape[1], cluster, tol, np)
+    rectangular, indices = A.shape[0] != A.shape[1], tuple(range(c))
+    try:
+        gap, status = isolation(s, indices, rectangular, cluster, tol, np)
+    except DegenerateSingularValueError:
+        if len(s) == r:
+            raise
+        s = np.linalg.svd(gram.at(dtype).B, compute_uv=False)  # the whole cluster, of which two values are known here
+        gap, status = isolation(s, indices, rectangular, cluster, tol, np)
     margin = np.asarray(10 * max(A.shape) * float(np.finfo(dtype).eps) * s[0])
     if solve is None:
+        # the subspace is less accurate than that of an SVD by s_0 / (s_(c-1) + s_c)
+        if cluster and s[c - 1] < 0.1 * s[0]:
+            raise np.linalg.LinAlgError("the cluster is too far below the largest value")
         if w[c - 1] - w[c] <= 100 * r * float(np.finfo(dtype).eps) * w[0]:
             raise np.linalg.LinAlgError("the gap is within rounding")
         solve = EigenSolver(w[c:], X[:, c:], s[:c])
@@ -190,9 +207,10 @@ def on_smaller_side(
         raise ValueError(f"expected v0 of shape ({n},), a right singular vector, got {v0.shape}")
     if np.iscomplexobj(v0) and not np.issubdtype(dtype, np.complexfloating):
         raise TypeError("expected a real v0 for a real matrix, got a complex one")
+    if not np.isfinite(v0).all():
+        raise NonFiniteError(f"expected v0 to be finite, got {v0[~np.isfinite(v0)][0]} in it")
     column = v0.astype(dtype)[:, None]
+    column = column / (float(np.max(np.abs(column))) or 1.0)
     warm = apply(column) if wide else column
     size = float(np.linalg.norm(warm))
-    if not size < np.inf:
-        raise NonFiniteError(f"expected v0 to be finite, got a norm of {size}")
     return np.asarray(warm / size) if size > 0 else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,9 +50,7 @@ class Operator:
 
     def scaled(self, e: float) -> Operator:
         """A / 2^e."""
-        return Operator(
-            self.shape, self.dtype, self.size, self.bound, self._apply, self._apply_adjoint, self.factor * 2.0**-e
-        )
+        return replace(self, factor=math.ldexp(self.factor, -int(e))) if self.size > 0 else self
 
     def norm_bound(self) -> float:
         """Upper bound of the norm; for a LinearOperator an estimate by Lanczos, raised by one per cent."""
@@ -113,11 +111,15 @@ def _from_sparse(A: Any, name: str) -> Operator:
     if A.dtype.kind not in "biufc":
         raise TypeError(f"expected {name} with a floating or integer dtype, got {A.dtype}")
     A = A.astype(np.result_type(A.dtype, np.float64), copy=False)
+    if not A.has_canonical_format:  # SciPy would add up entries given twice in the caller's own array
+        A = A.copy()
+        A.sum_duplicates()
     if not np.isfinite(A.data).all():
         raise NonFiniteError(f"expected {name} to be finite, got {A.data[~np.isfinite(A.data)][0]} among its entries")
     bound = 0.0
     if A.nnz and (largest := float(np.max(np.abs(A.data)))) > 0:
-        magnitude = abs(A) / largest
+        magnitude = abs(A)
+        magnitude.data = magnitude.data / largest  # SciPy multiplies by the inverse, which may overflow
         sums = [float(magnitude.sum(axis=axis).max()) for axis in (0, 1)]
         bound = largest * min(_norm(magnitude.data), math.sqrt(sums[0] * sums[1])) * (1 + 1e-12)
     adjoint = A.conj().T.tocsr()

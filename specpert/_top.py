@@ -161,7 +161,8 @@ def _next_value(product: Product, u: np.ndarray, solver: CholeskySolver, rtol: f
     slack = (tol * value + rounding * (theta - value)) * (theta - value) / theta
     if value < theta / 2 and not solver.precise:  # the inverse has no advantage, and its factor errors of eps theta
         tol, rounding = 1e-8, 16 * float(np.finfo(u.dtype).eps)
-        x = largest(lambda x: outside(product(x)), x, tol, rounding * theta)
+        x = outside(largest(lambda x: outside(product(x)), x, tol, rounding * theta))
+        x /= np.linalg.norm(x)
         value, residual = _rayleigh(product, x)
         slack = tol * value + rounding * theta
     error = float(np.linalg.norm(residual))
@@ -174,7 +175,8 @@ def largest(product: Product, start: np.ndarray, rtol: float, floor: float = 0.0
     By Lanczos, restarted: where few products do, this takes a fraction of the time of ARPACK's many small calls.
     """
     V, T = np.empty((width, len(start)), start.dtype), np.zeros((width, width))
-    x = start[:, 0]
+    x, size = start[:, 0], 0.0
+    rounding = 16 * float(np.finfo(V.dtype).eps)
     for _ in range(12):
         V[0] = x / np.linalg.norm(x)
         for j in range(width):
@@ -186,9 +188,11 @@ def largest(product: Product, start: np.ndarray, rtol: float, floor: float = 0.0
             w = w - h @ basis
             w -= (dual @ w) @ basis  # twice is enough
             beta = math.sqrt(np.vdot(w, w).real)
-            if j + 1 == width or j % 3 == 2 or beta == 0.0:  # to look each time would cost more than a product
+            size = max(size, abs(T[j, j]))
+            exhausted = beta <= max(rounding * size, floor)  # what is left is noise
+            if exhausted or j + 1 == width or j % 3 == 2:  # to look each time would cost more than a product
                 values, S = np.linalg.eigh(T[: j + 1, : j + 1])
-                if done := beta * abs(S[-1, -1]) <= max(rtol * values[-1], floor):
+                if done := exhausted or beta * abs(S[-1, -1]) <= max(rtol * values[-1], floor):
                     break
             if j + 1 < width:
                 V[j + 1] = w / beta

@@ -106,7 +106,7 @@ class Certificate:
         """The argument x of a series as an array that broadcasts with its values, in at least their precision."""
         xp, like = self.triplet._xp, self.triplet._values
         x = array(x, like, xp, dtype=self.triplet._dtype) if isinstance(x, int | float) else xp.asarray(x)
-        if is_complex(x, xp):
+        if is_complex(x, xp) or not xp.isdtype(x.dtype, ("numeric", "bool")):
             raise TypeError(f"expected x to be real, got {dtype_name(x)}")
         x = (
             xp.astype(x, xp.result_type(x.dtype, self.triplet._dtype))
@@ -202,7 +202,7 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
     xp, e = triplet._xp, triplet._e
     # a step so large that it has no size beside A counts as an infinite one
     own = xp.zeros_like(e) if isinstance(H, Operator) else exponent(magnitude(H, xp), xp)
-    huge = own - e > 400
+    huge = own - e > 0.4 * math.log2(float(xp.finfo(triplet._P0.dtype).max))
     power = xp.where(huge, own, e)
     step = H.scaled(float(e)) if isinstance(H, Operator) else ldexp(H, -power[..., None, None], xp)
     margin = triplet._margin[..., None]
@@ -215,7 +215,9 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
         sharp = rho_squared / xp.where(valid, delta, xp.ones_like(delta))
     finite = xp.isfinite(theta) & xp.isfinite(rho_squared) & ~huge[..., None]
     shift = xp.where(finite, theta, xp.zeros_like(theta))
-    bound = xp.where(valid & finite, sharp, h + xp.abs(shift)) + margin
+    unit = float(xp.finfo(triplet._dtype).eps)  # value and bound are rounded to it
+    bound = xp.where(valid & finite, sharp, h + xp.abs(shift)) + margin + unit * (triplet._values + xp.abs(shift))
+    bound = bound * (1 + 2 * unit)
     eps_step = xp.where(huge[..., None], xp.full_like(bound, math.inf), 2 * h / triplet._gap)
     results = (
         ldexp(triplet._values + shift, e[..., None] + 0 * bound, xp),

@@ -21,7 +21,7 @@ from specpert._subsets import dense_tensor, mixed_cluster_mean, mixed_derivative
 from specpert.hessian import SigmaHessian, dense_hessian
 from specpert.prepare import prepare
 from specpert.result import DegenerateSingularValueError, DenseSizeError
-from specpert.series import ClusterSeries, expand, fast_coefficients, scale, times_factorial
+from specpert.series import expand, fast_coefficients, scale, times_factorial
 from specpert.triplet import SingularTriplet
 
 MAX_DENSE_BYTES = 2**31
@@ -119,9 +119,7 @@ def sigma_derivative(
     if directions is None:
         return _dense(triplet, order, layout)
     if len(given) == 1:
-        series = expand(triplet, given, order)
-        coefficients = series.mean if isinstance(series, ClusterSeries) else series.coefficients
-        return scalar(times_factorial(coefficients[..., order], order, triplet._xp))
+        return scalar(expand(triplet, given, order)._scaled.derivative(order))
     return _mixed(triplet, given)
 
 

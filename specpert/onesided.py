@@ -6,6 +6,7 @@ U_c, V_c singular vectors of a tie; U_0 (m, m - rank), V_0 (n, n - rank) null ba
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,8 +92,8 @@ class OneSided:
 
     def values(self, x: float) -> Array:
         """The sorted values at x >= 0, shape (c,), with an error of O(x^3)."""
-        if not x >= 0:
-            raise ValueError(f"expected x >= 0, got {x}; for the other side take the direction -H")
+        if not 0 <= x < math.inf:
+            raise ValueError(f"expected a finite x >= 0, got {x}; for the other side take the direction -H")
         return self._values(x)
 
 
@@ -147,8 +148,13 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
     U, s, Vh = xp.linalg.svd(A, full_matrices=True)
     values = [float(x) for x in s]
     tol = max(10 * max(A.shape) * eps(A, xp), gap_tol or 0.0) * values[0]
-    if values[index] <= tol:
-        rank = sum(x > tol for x in values)
+    low = high = index
+    while low > 0 and values[low - 1] - values[low] <= tol:
+        low -= 1
+    while high + 1 < len(values) and values[high] - values[high + 1] <= tol:
+        high += 1
+    if values[high] <= tol:  # tied with zero
+        rank = low
         U0, V0 = U[:, rank:], adjoint(Vh, xp)[:, rank:]
         Y, W = U[:, :rank], adjoint(Vh, xp)[:, :rank]
         first = adjoint(U0, xp) @ H @ V0
@@ -159,11 +165,6 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
             return ldexp(scaled * xp.linalg.svdvals(first - scaled * second), e, xp)
 
         return OneSided(tuple(range(rank, len(values))), 0.0, ldexp(xp.linalg.svdvals(first), t, xp), of_zero)
-    low = high = index
-    while low > 0 and values[low - 1] - values[low] <= tol:
-        low -= 1
-    while high + 1 < len(values) and values[high] - values[high + 1] <= tol:
-        high += 1
     cluster = tuple(range(low, high + 1))
     series = sigma_series(A, H, 2, k=cluster)
     first = series.effective_matrices[1, :, :]

@@ -55,14 +55,14 @@ def singular_triplet(
     gap_tol : float, optional
         Distance to the next singular value, relative to the largest one, below which the value counts as tied.
         Default 10 max(m, n) eps, the error of the decomposition itself. A Gram matrix is decomposed in float64; there
-        it is at least 10 eps of A's own dtype.
+        it is at least 10 eps of the precision of the results.
     rtol : float
         Relative accuracy asked of the isolation distance and of Hessian forms and diagonals. From 1e-6 on, the Gram
         method may take them from a factorisation in single precision, where the gap is wide enough for that; singular
         value, vectors and series have full accuracy all the same.
     dtype : dtype, optional
-        Precision of the results: A's own (default), or float64 of A's library for a float32 matrix that is meant
-        exactly as it is. The Gram method makes no copy of it for that.
+        Precision of the results: A's own (default), or float64 for a float32 matrix that is meant exactly as it is;
+        for a complex matrix either name of the precision will do. The Gram method makes no copy of the matrix for that.
 
     Returns
     -------
@@ -91,6 +91,8 @@ def singular_triplet(
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {METHODS}, got {method!r}")
     check_fraction(rtol, "rtol")
+    if isinstance(A, SingularTriplet) and (rtol or dtype is not None):
+        raise ValueError("expected no rtol or dtype beside a triplet, which is already made; give them with the matrix")
     triplet, _ = prepare(A, k, [], [], cluster=False, gap_tol=gap_tol, method=method, v0=v0, rtol=rtol, dtype=dtype)
     return triplet
 

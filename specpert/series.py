@@ -39,6 +39,37 @@ from specpert.result import Status
 from specpert.triplet import SingularTriplet
 
 
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """Terms of order 0, 1, ... on the last axis, each with an exponent of two: what may leave the range of floats."""
+
+    terms: Array
+    power: Array  # broadcasts with the terms
+    xp: Namespace
+
+    @classmethod
+    def of(cls, terms: list[Array], e: Array, t: Array, triplet: SingularTriplet) -> Scaled:
+        """Term n times 2^(e + n t), in the precision of results."""
+        xp = triplet._xp
+        stacked = to_precision(xp.stack(xp.broadcast_arrays(*terms), axis=-1), triplet._dtype, xp)
+        orders = array([float(n) for n in range(len(terms))], t, xp)
+        power = e[..., None] + orders * t[..., None]
+        return cls(stacked, xp.reshape(power, (*power.shape[:-1], *(1,) * (terms[0].ndim - e.ndim), len(terms))), xp)
+
+    def first(self) -> Scaled:
+        """Of the one value there is."""
+        return Scaled(self.terms[..., 0, :], self.power[..., 0, :], self.xp)
+
+    def coefficients(self) -> Array:
+        """All terms; raises OverflowError where one leaves the range."""
+        what = f"coefficients up to order {self.terms.shape[-1] - 1}"
+        return finite(ldexp(self.terms, self.power, self.xp), what, self.xp)
+
+    def derivative(self, n: int) -> Array:
+        """Term n times n!, scaled once."""
+        return times_factorial(self.terms[..., n], n, self.xp, self.power[..., n])
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SigmaSeries:
     """Taylor series of one singular value (or of several, on an axis before the order).
@@ -62,6 +93,7 @@ class SigmaSeries:
     left: Array | None
     right: Array | None
     _certificate: Certificate = field(repr=False)
+    _scaled: Scaled = field(repr=False)  # the coefficients
 
     @property
     def order(self) -> int:
@@ -71,9 +103,8 @@ class SigmaSeries:
     @property
     def derivatives(self) -> Array:
         """The n! lam_n: derivatives of sigma(A(x)) at x = 0; for a linear family D^n sigma[H, ..., H]."""
-        xp = namespace(self.coefficients)
-        terms = [times_factorial(self.coefficients[..., n], n, xp) for n in range(self.order + 1)]
-        return xp.stack(terms, axis=-1)
+        terms = [self._scaled.derivative(n) for n in range(self.order + 1)]
+        return namespace(self.coefficients).stack(terms, axis=-1)
 
     @property
     def radius(self) -> Array:
@@ -119,6 +150,7 @@ class ClusterSeries:
     left: Array | None
     right: Array | None
     _certificate: Certificate = field(repr=False)
+    _scaled: Scaled = field(repr=False)  # of the mean
 
     @property
     def order(self) -> int:
@@ -128,10 +160,7 @@ class ClusterSeries:
     @property
     def mean(self) -> Array:
         """Taylor coefficients (..., N + 1) of the mean of the cluster's singular values: tr E_n / c."""
-        c = self.effective_matrices.shape[-1]
-        xp = namespace(self.effective_matrices)
-        diagonal = real(xp.linalg.diagonal(self.effective_matrices), xp)
-        return xp.sum(diagonal, axis=-1) / c
+        return self._scaled.coefficients()
 
     @property
     def radius(self) -> Array:
@@ -146,6 +175,8 @@ class ClusterSeries:
         """The cluster's singular values at x, a real number, in descending order, shape (..., c)."""
         if not isinstance(x, numbers.Real):
             raise TypeError(f"expected x to be a real number, got {type(x).__name__}")
+        if not math.isfinite(x):
+            raise ValueError(f"expected x to be finite, got {x}")
         xp = namespace(self.effective_matrices)
         total = self.effective_matrices[..., -1, :, :]
         for n in range(self.order - 1, -1, -1):
@@ -244,10 +275,11 @@ def expand(
 
 def _expand(triplet: SingularTriplet, family: list[Array], order: int, vectors: bool) -> SigmaSeries | ClusterSeries:
     xp, cluster = triplet._xp, triplet._cluster
-    t, scaled = scale(family, triplet._e, xp, xp.min(triplet._gap, axis=-1))
+    t, scaled = scale(family, triplet._e, xp, xp.min(triplet._gap, axis=-1), order)
     if not vectors and _is_small(triplet, scaled):
-        lam = _stack(_by_kernel(triplet, scaled[0], order), triplet._e, t, triplet)[..., 0, :]
-        return SigmaSeries(lam, triplet.gap, triplet.status, None, None, Certificate(triplet, t, tuple(scaled)))
+        lam = Scaled.of(_by_kernel(triplet, scaled[0], order), triplet._e, t, triplet).first()
+        certificate = Certificate(triplet, t, tuple(scaled))
+        return SigmaSeries(lam.coefficients(), triplet.gap, triplet.status, None, None, certificate, lam)
     state = Vectors([products(A_j, xp) for A_j in scaled], triplet._P0, triplet._Q0)
     resolvent = triplet._resolvent()
     needed = order if vectors or cluster else order // 2
@@ -255,11 +287,13 @@ def _expand(triplet: SingularTriplet, family: list[Array], order: int, vectors: 
     left, right = (_vector_coefficients(triplet, w, t) if vectors else None for w in (state.P, state.Q))
     certificate = Certificate(triplet, t, tuple(scaled), tuple(getattr(resolvent, "residuals", ())))
     if cluster:
-        matrices = _stack(E, triplet._e, t, triplet)
-        return ClusterSeries(xp.moveaxis(matrices, -1, -3), triplet.gap, triplet.status, left, right, certificate)
-    lam = _stack(value_coefficients(state, E, order, xp), triplet._e, t, triplet)
-    lam = lam[..., 0, :] if isinstance(triplet.k, int) else lam
-    return SigmaSeries(lam, triplet.gap, triplet.status, left, right, certificate)
+        matrices = xp.moveaxis(Scaled.of(E, triplet._e, t, triplet).coefficients(), -1, -3)
+        means = [real(xp.sum(xp.linalg.diagonal(E_n), axis=-1), xp) / len(triplet._indices) for E_n in E]
+        mean = Scaled.of(means, triplet._e, t, triplet)
+        return ClusterSeries(matrices, triplet.gap, triplet.status, left, right, certificate, mean)
+    lam = Scaled.of(value_coefficients(state, E, order, xp), triplet._e, t, triplet)
+    lam = lam.first() if isinstance(triplet.k, int) else lam
+    return SigmaSeries(lam.coefficients(), triplet.gap, triplet.status, left, right, certificate, lam)
 
 
 SMALL = 64  # side up to which a matrix counts as small
@@ -298,6 +332,8 @@ def fast_coefficients(A: Any, H: Any, k: Any, order: int) -> np.ndarray | None:
         return None
     if not (A.dtype == H.dtype and A.dtype in _FAST_DTYPES and 0 <= k < min(A.shape) and max(A.shape) <= SMALL):
         return None
+    if order > ORDINARY_ORDERS:
+        return None
     try:
         U, s, Vh = np.linalg.svd(A, full_matrices=False)
     except np.linalg.LinAlgError:
@@ -314,14 +350,15 @@ def fast_coefficients(A: Any, H: Any, k: Any, order: int) -> np.ndarray | None:
 
 
 _FAST_DTYPES = (np.dtype(np.float64), np.dtype(np.complex128))
+ORDINARY_ORDERS = 20  # up to which no coefficient of numbers of ordinary size leaves the range of floats
 _FAST_EPS = float(np.finfo(np.float64).eps)
 
 
-def times_factorial(x: Array, n: int, xp: Namespace) -> Array:
-    """Return n! x; raises OverflowError where that leaves the range of x, and only there."""
+def times_factorial(x: Array, n: int, xp: Namespace, power: Array | float = 0.0) -> Array:
+    """Return n! 2^power x; raises OverflowError where that leaves the range of x, and only there."""
     factorial = math.factorial(n)
     bits = factorial.bit_length()
-    product = ldexp(x * (factorial / 2**bits), array(float(bits), real(x, xp), xp), xp)
+    product = ldexp(x * (factorial / 2**bits), power + array(float(bits), real(x, xp), xp), xp)
     return finite(product, f"derivative of order {n}", xp)
 
 
@@ -336,20 +373,24 @@ def _as_family(coefficients: Any) -> list[Any]:
     return [coefficients]
 
 
-def scale(family: list[Any], e: Array, xp: Namespace, d: Array | None = None) -> tuple[Array, list[Any]]:
+def scale(
+    family: list[Any], e: Array, xp: Namespace, d: Array | None = None, order: int = 0
+) -> tuple[Array, list[Any]]:
     """Exponent t (...) and A_j / 2^(e + j t), the largest of which is about one, or about d where that is tiny.
 
-    Coefficient n of a series is then of the order of d at most, whatever n.
+    Coefficient n of a series is then of the order of d at most, whatever n; for a high order, to which its powers may
+    underflow, the largest is about d whatever its size.
     """
+    high = order > ORDINARY_ORDERS
     t = array(-math.inf, e, xp)
     for j, A_j in enumerate(family, start=1):
         size = array(A_j.size * abs(A_j.factor), e, xp) if isinstance(A_j, Operator) else magnitude(A_j, xp)
-        step = xp.ceil((exponent(size, xp) - e) / j)
+        step = xp.ceil((exponent(size, xp, always=high) - e) / j)
         t = xp.maximum(t, xp.where(size > 0, step, xp.full_like(step, -math.inf)))
     t = xp.where(xp.isfinite(t), t, xp.zeros_like(t))
     if d is not None:
         bits = xp.ceil(-xp.log2(xp.astype(d, e.dtype)))
-        t = t + xp.where(bits > 8, bits, xp.zeros_like(bits))
+        t = t + (bits if high else xp.where(bits > 8, bits, xp.zeros_like(bits)))
     return t, [_scaled(A_j, e + j * t, xp) for j, A_j in enumerate(family, start=1)]
 
 
@@ -357,17 +398,7 @@ def _scaled(A_j: Any, e: Array, xp: Namespace) -> Any:
     return A_j.scaled(float(e)) if isinstance(A_j, Operator) else ldexp(A_j, -e[..., None, None], xp)
 
 
-def _stack(terms: list[Array], e: Array, t: Array, triplet: SingularTriplet) -> Array:
-    """Terms of order 0, 1, ... on a new last axis, term n times 2^(e + n t), in the precision of results."""
-    xp = triplet._xp
-    stacked = to_precision(xp.stack(xp.broadcast_arrays(*terms), axis=-1), triplet._dtype, xp)
-    orders = array([float(n) for n in range(len(terms))], t, xp)
-    power = e[..., None] + orders * t[..., None]
-    power = xp.reshape(power, (*power.shape[:-1], *(1,) * (terms[0].ndim - e.ndim), len(terms)))
-    return finite(ldexp(stacked, power, xp), f"coefficients up to order {len(terms) - 1}", xp)
-
-
 def _vector_coefficients(triplet: SingularTriplet, terms: list[Array], t: Array) -> Array:
     """Vectors (..., m, N + 1), or (..., m, c, N + 1) for several values."""
-    stacked = _stack(terms, triplet._xp.zeros_like(triplet._e), t, triplet)
-    return stacked[..., 0, :] if isinstance(triplet.k, int) else stacked
+    vectors = Scaled.of(terms, triplet._xp.zeros_like(triplet._e), t, triplet)
+    return (vectors.first() if isinstance(triplet.k, int) else vectors).coefficients()

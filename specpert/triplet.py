@@ -174,7 +174,10 @@ class SingularTriplet:
         """
         if self._e.ndim:
             raise TypeError(f"expected a triplet of one matrix, got one of a stack {self.shape[:-2]}")
-        lower = float(lower) * 2.0 ** -float(self._e)
+        lower = float(lower)
+        if lower > 0.0 and math.frexp(lower)[1] - float(self._e) > 1000:
+            return 0
+        lower = math.ldexp(lower, -int(self._e))
         if math.isnan(lower):
             raise ValueError("expected a number as lower, got NaN")
         if self._svd is not None:
@@ -186,6 +189,8 @@ class SingularTriplet:
         solve = small.solve
         if not isinstance(solve, CholeskySolver | EigenSolver):
             raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
+        if lower >= float(small.sigma[0]):
+            return 0
         if lower < 1e-6 * float(small.sigma[0]):  # squared it would be lost
             B: Any = solve.gram.B if isinstance(solve, CholeskySolver) else small.matrix
             s = np.linalg.svd(B.astype(small.u.dtype, copy=False), compute_uv=False)
@@ -221,10 +226,11 @@ class SingularTriplet:
         xp, (_, A) = as_arrays(self._P0, A, names=["the triplet", "A"], promote=False)
         if self.k != 0 or A.ndim != 2 or tuple(A.shape) != tuple(self.shape):
             raise ValueError(f"expected k = 0 and A of shape {tuple(self.shape)}, got k = {self.k}, {tuple(A.shape)}")
-        size = check_matrix(A, "A", xp)
+        size, results = check_matrix(A, "A", xp), xp.result_type(self._dtype, real_dtype(A.dtype, xp))
         view, small = host_view(A), self._small_side
         if view is None or small is None:
-            return self._result(xp.linalg.matrix_norm(xp.astype(A, xp.result_type(A, self._P0), copy=False), ord=2))
+            sigma = xp.linalg.matrix_norm(xp.astype(A, xp.result_type(A, self._P0), copy=False), ord=2)
+            return scalar(xp.astype(sigma, results, copy=False))
         e = exponent(size, xp)
         if abs(float(e - self._e)) > 64:
             raise ConvergenceError(f"expected a matrix nearby, got one 2^{float(e - self._e):.0f} times as large")
@@ -233,7 +239,8 @@ class SingularTriplet:
         # the error of the Rayleigh quotient is the square of that of the vector
         tol = 0.1 * math.sqrt(self._relative_gap * float(np.finfo(small.u.dtype).eps))
         v = gram.apply_adjoint(followed(gram, small.u, small.solve, tol))
-        return self._result(ldexp(array(float(np.linalg.norm(v)), self._values, xp), e, xp))
+        sigma = array(float(np.linalg.norm(v)), self._values, xp)
+        return scalar(xp.astype(ldexp(sigma, xp.astype(e, sigma.dtype), xp), results, copy=False))
 
     def __repr__(self) -> str:
         return (

@@ -1,5 +1,7 @@
 """What bad input gets: the type and the words of every error."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -131,3 +133,15 @@ def test_inputs_are_left_alone():
     sigma_derivative(a, 3, directions=[h, h, h])
     sigma_hessian(a)
     np.testing.assert_array_equal(a, A)
+
+
+def test_sparse_tensors_and_odd_arguments():
+    with pytest.raises(TypeError, match=r"expected A to be a dense tensor, got torch.sparse_coo; .* A.to_dense\(\)"):
+        singular_triplet(torch.eye(3).to_sparse())
+    series = sigma_series(np.diag([2.0, 1.0]), np.eye(2), 2)
+    with pytest.raises(TypeError, match="expected x to be real, got"):
+        series("a")
+    cluster = sigma_series(np.eye(2), np.eye(2), 2, k=(0, 1))
+    for x in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="expected x to be finite"):
+            cluster.values(x)

@@ -532,3 +532,25 @@ def test_a_triplet_is_not_asked_for_what_it_does_not_hold():
             singular_triplet(A, gap_tol=gap_tol)
     with pytest.raises(TypeError, match="same array library"):
         sigma_series(triplet, torch.as_tensor(H), 2)
+
+
+def test_sparse_arrays_at_the_ends_of_the_range():
+    A = sparse.random_array((60, 50), density=0.1, rng=np.random.default_rng(0), format="csr")
+    for scale in (1e-310, 1e-300, 1e290):
+        dense = np.linalg.norm(A.toarray(), 2)
+        assert math.isclose(singular_triplet(A * scale).sigma / scale, dense, rel_tol=1e-6 if scale < 1e-305 else 1e-13)
+    family = [A * 1e-300, A * 0]
+    found = sigma_series(A, family, 2).coefficients
+    np.testing.assert_allclose(found, sigma_series(A.toarray(), [B.toarray() for B in family], 2).coefficients)
+
+
+def test_sparse_arrays_are_left_as_they_are():
+    """SciPy would add up entries that are given twice, in place."""
+    data, indices = np.arange(1.0, 121.0), np.repeat(np.arange(60), 2)
+    A = sparse.csr_array((data, indices, np.arange(0, 121, 2)), shape=(60, 60))
+    before = [x.copy() for x in (A.data, A.indices, A.indptr)]
+    H = A.copy()
+    assert math.isclose(sigma_series(A, H, 1).radius, sigma_series(A.toarray(), A.toarray(), 1).radius, rel_tol=0.5)
+    for B in (A, H):
+        for x, y in zip((B.data, B.indices, B.indptr), before, strict=True):
+            np.testing.assert_array_equal(x, y)

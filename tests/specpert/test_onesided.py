@@ -183,3 +183,18 @@ def test_isolating_cluster_of_a_large_matrix_at_any_scale(scale):
     A = np.diag(np.append([3.0, 2.9], np.linspace(1.0, 0.1, 511)))
     H = 0.04 * np.diag(np.append([1.0], np.zeros(512)))
     assert isolating_cluster(scale * A, scale * H) == (0, 1)
+
+
+def test_a_chain_of_ties_that_ends_at_zero():
+    """All of it counts as zero: from the positive end as from the zero one."""
+    A = np.diag([1.0, 1e-14, 5e-15])
+    for k in (1, 2):
+        found = one_sided_derivatives(A, np.diag([1.0, 2.0, -3.0]), k=k)
+        assert (found.cluster, found.value) == ((1, 2), 0.0)
+        np.testing.assert_allclose(found.derivatives, [3.0, 2.0])
+
+
+def test_arguments_are_finite():
+    for x in (np.inf, np.nan, -1.0):
+        with pytest.raises(ValueError, match="expected a finite x >= 0, got"):
+            one_sided_derivatives(np.eye(2), np.eye(2)).values(x)

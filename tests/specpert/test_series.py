@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -350,3 +351,23 @@ def test_arguments_of_a_stack_with_several_k():
         one = sigma_series(A[i], H[i], 4, k=[0, 1])
         np.testing.assert_allclose(series(x)[i], one(x[i]), rtol=1e-13)
         np.testing.assert_allclose(series.remainder(x)[i], one.remainder(x[i]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("order", "size"), [(20, 3e-16), (10, 1e-32), (80, 1.1e-4), (150, 1e-3), (40, 1e4), (60, 2.0**-15), (30, 1.0)]
+)
+@pytest.mark.parametrize("sigma", [3.0, 2.0**-16, 4e4])
+def test_derivatives_of_high_order_come_through(order, size, sigma):
+    """That of sqrt(sigma^2 + x^2 size^2): a coefficient beyond the range of floats may have a derivative within it."""
+    with mpmath.workdps(60):
+        half = mpmath.mpf(order) / 2
+        truth = mpmath.binomial(0.5, half) * mpmath.mpf(size) ** order * mpmath.mpf(sigma) ** (1 - order)
+        truth *= mpmath.factorial(order)
+    A, H = np.array([[sigma, 0.0]]), np.array([[0.0, size]])
+    if abs(truth) > 1e307:
+        with pytest.raises(OverflowError):
+            sigma_derivative(A, order, directions=H)
+        return
+    found = sigma_derivative(A, order, directions=H)
+    rtol = 1e-9 if abs(truth) > 1e-300 else 1e-2
+    assert abs(found - truth) <= rtol * abs(truth) + 5e-324

@@ -10,6 +10,7 @@ from oracles import with_spectrum
 
 from specpert import (
     ConvergenceError,
+    DegenerateSingularValueError,
     NonFiniteError,
     SigmaHessian,
     kato_temple,
@@ -307,7 +308,7 @@ def test_dtype_of_other_libraries_and_stacks():
 def test_dtype_is_checked():
     A = np.eye(3)[:2] * [[1], [2]]
     for bad in (np.float32, np.int64, "single"):
-        with pytest.raises(ValueError, match=r"dtype to be that of A \(float64\) or float64"):
+        with pytest.raises(ValueError, match="dtype to be float64 or that of A, float64, got"):
             singular_triplet(A, dtype=bad)
     with pytest.raises(ValueError, match="no dtype beside an operator"):
         singular_triplet(sparse.csr_array(A), dtype=np.float64)
@@ -334,3 +335,92 @@ def test_starts_of_another_matrix():
             singular_triplet(A, v0=other)
     turned = 1j * A  # a real start serves a complex matrix
     same_results(singular_triplet(turned, v0=singular_triplet(A)), singular_triplet(turned, method="svd"), 0.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.complex64])
+@pytest.mark.parametrize("shape", [(20, 30), (70, 66), (300, 260)], ids=str)
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_enclosures_hold_in_single_precision(shape, dtype, order):
+    """Value and bound are rounded to the precision of the results."""
+    rng = np.random.default_rng(order)
+    for size in (0.0, 1e-6, 1e-3, 1e-1):
+        A, H = (rng.standard_normal((2, *shape)) + 1j * rng.standard_normal((2, *shape))).astype(np.complex64)
+        A, H = (A, size * H) if dtype == np.complex64 else (A.real.copy(), size * H.real)
+        enclosure = kato_temple(A, H, order=order)
+        truth = np.linalg.norm(A.astype(np.complex128) + H, 2)
+        assert enclosure.value.dtype == np.float32
+        assert abs(truth - float(enclosure.value)) <= float(enclosure.bound)
+
+
+@pytest.mark.parametrize("sizes", [(1e-20, 1e20), (1e-30, 1e30), (1e-42, 1e-3)])
+def test_an_enclosure_for_a_step_beyond_comparison(sizes):
+    a, b = (np.float32(x) for x in sizes)
+    enclosure = kato_temple(np.diag([a, a / 3]), b * np.eye(2, dtype=np.float32))
+    assert enclosure.eps == np.inf
+    assert abs(float(a) + float(b) - float(enclosure.value)) <= float(enclosure.bound) < 1.01 * float(b)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(40, 50), (255, 300), (300, 320)], ids=str)
+def test_a_tie_of_three_is_named_whole(shape, dtype):
+    tight = np.finfo(dtype).eps / 4
+    s = np.append([1.0, 1.0 - tight, 1.0 - 2 * tight], np.linspace(0.9, 0.1, min(shape) - 3))
+    A, H = with_spectrum(np.random.default_rng(0), *shape, s).astype(dtype), step(shape, False, 1.0).astype(dtype)
+    with pytest.raises(DegenerateSingularValueError) as caught:
+        singular_triplet(A)
+    assert caught.value.cluster == (0, 1, 2)
+    found = sigma_derivative(A, 2, directions=H, on_degenerate="cluster")
+    assert math.isclose(found, 2 * sigma_series(A, H, 2, k=(0, 1, 2)).mean[2], rel_tol=1e-4)
+
+
+def test_a_cluster_far_below_the_largest_value():
+    """Squared it would lose its digits: it is left to the SVD."""
+    rng = np.random.default_rng(5)
+    U, V = (np.linalg.qr(rng.standard_normal((n, 64)))[0] for n in (64, 71))
+    s = np.append([1.0, 2e-6], np.linspace(1.2e-6, 1e-7, 62))
+    A, H = (U * s) @ V.T, rng.standard_normal((64, 71))
+    truth = sum(U[:, i] @ H @ V[:, i] for i in (0, 1)) / 2
+    assert math.isclose(sigma_series(A, H, 1, k=(0, 1)).mean[1], truth, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-3])
+@pytest.mark.parametrize("scale", [1e-310, 1e-300, 1.0, 1e300])
+def test_count_above_all_of_them(rtol, scale):
+    for shape in ((3, 4), (70, 80), (256, 300)):
+        triplet = singular_triplet(scale * matrix(shape, False, 1e-2), rtol=rtol)
+        counts = [triplet.count_above(lower) for lower in (2 * scale, 1e10, 1e160, 1.7e308, math.inf)]
+        assert counts[0] == counts[-1] == 0
+        assert counts[1:4] == [0, 0, 0] or scale == 1e300
+        assert triplet.count_above(-math.inf) == triplet.count_above(-1.0) == min(shape)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("rtol", [0.0, 1e-3])
+def test_gap_of_a_matrix_of_rank_one(seed, rtol):
+    """Nothing is left to be found beside the one vector."""
+    A = with_spectrum(np.random.default_rng(seed), 300, 303, np.append([1.0], np.zeros(299)))
+    assert math.isclose(singular_triplet(A, rtol=rtol).gap, 1.0, rel_tol=max(rtol, 1e-6))
+
+
+def test_certificates_of_one_matrix_are_scalars_in_every_library():
+    A = torch.from_numpy(matrix((70, 80), False, 0.1))
+    series = sigma_series(A, A, 2)
+    found = (series.gap, series.radius, series.remainder(0.1), kato_temple(A, 1e-3 * A).bound)
+    assert [tuple(x.shape) for x in found] == [()] * 4
+
+
+def test_starts_and_directions_of_any_size():
+    A = matrix((256, 300), False, 1e-2)
+    warm = singular_triplet(A, v0=np.full(300, 1e300))
+    assert math.isclose(warm.sigma, np.linalg.norm(A, 2), rel_tol=1e-14)
+    with pytest.raises(ValueError, match="no rtol or dtype beside a triplet"):
+        singular_triplet(warm, rtol=1e-3)
+
+
+def test_follow_gives_numbers_of_the_better_precision():
+    A = matrix((256, 300), False, 1e-2)
+    for shape in ((10, 12), (256, 300)):
+        part = A[: shape[0], : shape[1]]
+        for triplet in (singular_triplet(part), singular_triplet(part.astype(np.float32))):
+            assert type(triplet.follow(part)) is np.float64
+        assert type(singular_triplet(part.astype(np.float32)).follow(part.astype(np.float32))) is np.float32
