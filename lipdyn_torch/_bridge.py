@@ -156,7 +156,7 @@ def read_spectrum(matrices: Tensor, known: Spectrum | None = None, rtol: float =
     if not all_finite(matrices):
         return Spectrum(matrices, nan, nan, None, problem="weight is not finite")
     try:
-        group, rival = (0, 0.0) if len(matrices) == 1 else _attaining(matrices)
+        group, rival = (0, -math.inf) if len(matrices) == 1 else _attaining(matrices)
         A = _array(matrices[group])
         dtype = torch.float64 if isinstance(A, Tensor) else np.float64
         triplet = specpert.singular_triplet(A, v0=_start(matrices, group, known), rtol=rtol, dtype=dtype)

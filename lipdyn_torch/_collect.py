@@ -14,7 +14,7 @@ from lipdyn_torch._bridge import Pair, Spectrum, all_finite
 from lipdyn_torch._hooks import Call, Pass, Watch
 from lipdyn_torch.errors import FactorSizeError
 from lipdyn_torch.layers import Block, working
-from lipdyn_torch.noise import GradientNoise, check_factor_size, common_factor, mismatch, nearest_factor
+from lipdyn_torch.noise import GradientNoise, check_factor_size, common_factor, factor_slack, mismatch, nearest_factor
 from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
 
 __all__ = ["Caught", "collect", "settle"]
@@ -166,7 +166,7 @@ def _respond(
         drifts, caught.gain, caught.decay = [only.drift], only.gain, only.decay
         weights = None if only.weights is None else [only.weights]
     else:  # several rates, gains and decays are folded into the parameters' own factors
-        rates = [float(groups[id(p)]["lr"]) / caught.lr if id(p) in groups else 0.0 for p in watch.parameters]
+        rates = [_rate(groups[id(p)], caught.lr) if id(p) in groups else 0.0 for p in watch.parameters]
         values = [x.double() for x in watch.values]
         drifts = [rate * (r.drift + r.decay * x) for rate, r, x in zip(rates, responses, values, strict=True)]
         weights = [
@@ -188,7 +188,7 @@ def _respond(
     caught.bent = 0.0 if bent is None else float(spectrum.u @ bent[spectrum.group] @ spectrum.v)
     if reference is not None:
         others = [
-            mean_drift(groups[id(p)], r, reference[id(p)], p) * float(groups[id(p)]["lr"]) / caught.lr
+            mean_drift(groups[id(p)], r, reference[id(p)], p) * _rate(groups[id(p)], caught.lr)
             if id(p) in reference and r.gain
             else torch.zeros_like(r.drift)
             for p, r in zip(watch.parameters, responses, strict=True)
@@ -196,6 +196,11 @@ def _respond(
         if len(others) > 1:
             others = [other.double() for other in others]
         caught.reference = seen(others)
+
+
+def _rate(group: dict[str, Any], lr: float) -> float:
+    """A group's learning rate in units of the layer's; while a schedule holds both at zero they are alike."""
+    return float(group["lr"]) / lr if lr else 1.0
 
 
 def _gather(caught: Caught, passes: list[Pass], split: bool, keep_gradients: bool) -> None:
@@ -286,7 +291,7 @@ def settle(layers: Sequence[Caught]) -> float:
     known = [caught for caught in layers if caught.noise is not None]
     factors = [nearest_factor(c.noise, c.whole) for c in known if c.noise is not None and c.whole is not None]
     factor = common_factor(factors, max(c.eps for c in known)) if known else 1.0
-    for caught in known:
+    for caught, (own, deviation) in zip(known, factors, strict=True):
         assert caught.noise is not None
         assert caught.whole is not None
         if factor != factor:
@@ -294,7 +299,9 @@ def settle(layers: Sequence[Caught]) -> float:
             continue
         noise = caught.noise if factor == 1.0 else caught.noise.scaled(factor)
         error = mismatch(noise, caught.whole)
-        if error <= caught.tolerance:
+        # in half precision the sum's rounding hides what a factor of the layer's own still shows
+        apart = abs(own / factor - 1.0) > factor_slack(deviation / abs(factor), caught.eps) + caught.tolerance
+        if error <= caught.tolerance and not (caught.eps > 1e-4 and apart):
             caught.noise = noise
             if factor != 1.0:
                 caught.notes.append(f"{RESCALED}: factor {factor:.3g}")

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import Spectrum, read_spectrum
@@ -249,7 +251,7 @@ class _ForwardHook:
         if not tap.switch.on or not torch.is_grad_enabled():
             return
         output = tap.rule.output(module, output)
-        if output is None or not output.requires_grad or _is_functorch(output):
+        if output is None or not output.requires_grad or _is_symbolic(output):
             return
         outer = torch._C._current_graph_task_id()  # not -1 inside a checkpoint that is run again
         if outer == -1 and tap.stale():
@@ -313,7 +315,9 @@ class _GradientHook:
         if self.switch.on:
             self.watch.accumulated = True
             if parameter.grad is not None:
-                self.watch.totals.append(local(parameter.grad.detach()).sum())
+                gradient = local(parameter.grad.detach())
+                half = gradient.is_floating_point() and gradient.element_size() < 4  # its sum may overflow by itself
+                self.watch.totals.append(gradient.sum(dtype=torch.float32 if half else None))
                 self.watch.versions[id(parameter)] = parameter.grad._version
 
 
@@ -323,6 +327,7 @@ def listen(watch: Watch, switch: Switch) -> list[RemovableHandle]:
     return [p.register_post_accumulate_grad_hook(hook) for p in watch.parameters if p.requires_grad]
 
 
-def _is_functorch(tensor: Tensor) -> bool:
-    """Inside torch.func transforms a tensor stands for many; there is nothing to watch."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def _is_symbolic(tensor: Tensor) -> bool:
+    """Inside torch.func transforms, tracing and export a tensor stands for others; there is nothing to watch."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped or isinstance(tensor, FakeTensor | FunctionalTensor) or torch.jit.is_tracing()

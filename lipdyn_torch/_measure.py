@@ -175,7 +175,8 @@ def _bound(before: Spectrum, update: Tensor, size: float, row: Row, first: float
         low, high = max(low, estimate - remainder), min(high, estimate + remainder)
     if low <= 0.0:
         return math.inf
-    return max(math.log(high / estimate), math.log(estimate / low), 0.0)
+    rounding = 2.0**-50 * (1.0 + abs(math.log(before.sigma)))  # of the logarithms
+    return max(math.log(high / estimate), math.log(estimate / low), 0.0) + rounding
 
 
 def network_row(measurements: Sequence[Measurement]) -> Row:

@@ -283,14 +283,16 @@ def bridge_variance(v: ArrayLike, batch: ArrayLike, dataset_size: int) -> NDArra
             total, inside, response = curve[-1], 0.0, 0.0
         inside += v_k
         response += math.sqrt(v_k * m_k)
-        curve.append(total + max(0.0, inside - response**2 / dataset_size))
+        rest = inside - response**2 / dataset_size
+        curve.append(total + (rest if not rest < 0.0 else 0.0))  # NaN stays
     return np.asarray(curve)
 
 
 def epoch_means(v: ArrayLike, batch: ArrayLike, dataset_size: int) -> NDArray[np.float64]:
     """Noise of the steps, ``v_k M_k`` averaged over each epoch (theory 2.10: it varies slowly).
 
-    One batch tells v with an error of its own; without the average the bridge would not close at the epoch's end.
+    One batch tells v with an error of its own; without the average the bridge would not close at the epoch's end. What
+    is NaN stays so and counts for nothing.
 
     Examples
     --------
@@ -300,8 +302,10 @@ def epoch_means(v: ArrayLike, batch: ArrayLike, dataset_size: int) -> NDArray[np
     steps = _epochs(v, batch, dataset_size)
     epoch = np.cumsum([first for _, _, first in steps])
     scaled = np.array([v_k * m_k for v_k, m_k, _ in steps])
-    means = np.bincount(epoch, scaled) / np.maximum(np.bincount(epoch), 1)
-    return np.asarray(means[epoch] / np.array([m_k for _, m_k, _ in steps]))
+    known = ~np.isnan(scaled)
+    sums = np.bincount(epoch[known], scaled[known], minlength=len(steps) + 1)
+    means = sums / np.maximum(np.bincount(epoch[known], minlength=len(steps) + 1), 1)
+    return np.where(known, means[epoch] / np.array([m_k for _, m_k, _ in steps]), np.nan)
 
 
 def sample_paths(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +31,6 @@ class FallbackRule(LayerRule):
     """
 
     label = "fallback"
-
-    def __init__(self) -> None:
-        self._twins: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Only modules without trained submodules, and with a matrix, are run again."""
@@ -112,15 +108,16 @@ class FallbackRule(LayerRule):
         """An argument with the sample axis put back."""
         return value.unsqueeze(axis)
 
-    def _twin(self, module: nn.Module) -> nn.Module:
-        """A copy without hooks, on the meta device: parameters and buffers are handed to it."""
-        if module not in self._twins:
-            twin = copy.deepcopy(module)
-            for part in twin.modules():
-                for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-                    getattr(part, hooks).clear()
-            self._twins[module] = twin.to("meta")
-        return self._twins[module]
+    @staticmethod
+    def _twin(module: nn.Module) -> nn.Module:
+        """A copy as the module is now, without hooks, and without storage: parameters and buffers are handed to it."""
+        memo: dict[int, Any] = {id(b): b.detach().to("meta") for b in module.buffers()}
+        memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+        twin = copy.deepcopy(module, memo)
+        for part in twin.modules():
+            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                getattr(part, hooks).clear()
+        return twin
 
 
 class AttentionRule(FallbackRule):

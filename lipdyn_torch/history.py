@@ -161,7 +161,7 @@ def as_frame(history: History | pd.DataFrame) -> pd.DataFrame:
 
 
 class JsonLinesSink:
-    r"""Writes rows as strict JSON, one a line, the first line holding `History.meta`; NaN becomes null.
+    r"""Writes rows as strict JSON, one a line, the first line holding `History.meta`; NaN and infinities become null.
 
     Every step reaches the operating system as a single write, so a crash of the process loses at most the step
     being written.

@@ -237,7 +237,7 @@ def ghost(x: Tensor, delta: Tensor, u: Tensor, v: Tensor, W: Tensor | None = Non
 
 def working(a: Tensor) -> Tensor:
     """In the precision of its contractions: its own, but at least single."""
-    return a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
+    return a if a.dtype in (torch.float32, torch.float64) else a.float()
 
 
 def together(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,6 +355,11 @@ def unsupported_reason(module: nn.Module, rule: LayerRule | None = None) -> str 
     reason = rule.unsupported(module)
     if reason is not None:
         return reason
+    read = {path for part in rule.parts(module) for path in rule.parameters(module, part)}
+    if type(module) not in _RULES and rule is find_rule(module):  # a subclass may use more than its base does
+        own = [name for name, p in module.named_parameters(recurse=False) if p.ndim > 1 and name not in read]
+        if own:
+            return f"has matrices that {type(rule).__name__} does not read ({', '.join(own)}): register a rule for it"
     for part in rule.parts(module):
         for path in rule.parameters(module, part):
             owner, _, name = path.rpartition(".")
@@ -363,4 +368,8 @@ def unsupported_reason(module: nn.Module, rule: LayerRule | None = None) -> str 
                 return "its weight is computed from other parameters (a parametrisation)"
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 return "its weight has no shape yet; run one forward pass first"
+            if not parameter.is_floating_point():
+                return f"its weight is not real floating-point but {str(parameter.dtype).removeprefix('torch.')}"
+            if parameter.numel() == 0:
+                return f"its weight is empty, of shape {tuple(parameter.shape)}"
     return None

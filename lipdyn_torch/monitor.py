@@ -368,7 +368,14 @@ class LipschitzMonitor:
         """The closure, followed by a reading the first time it is called."""
 
         def watched() -> Any:
-            loss = closure()
+            try:
+                loss = closure()
+            except BaseException:  # the step ends here, and what was caught belongs to no step
+                self._pending, self._inside = None, False
+                for watch in self._watches:
+                    watch.forget()
+                self._turn(True)
+                raise
             if self._pending is None:
                 self._pending = self._read()
                 self._switch.on = False
@@ -379,10 +386,12 @@ class LipschitzMonitor:
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compare with the new weights and write the rows."""
         due = self._schedule.due(self._step)
-        if due and self._pending is not None:
-            self._write(self._pending)
-        self._pending, self._inside = None, False
-        self._finish(due)
+        pending, self._pending, self._inside = self._pending, None, False
+        try:
+            if due and pending is not None:
+                self._write(pending)
+        finally:  # the step was made, even if a sink could not take its rows
+            self._finish(due)
 
     def _agree(self, period: int) -> int:
         """All processes measure the same steps: those the slowest of them can afford."""
@@ -484,7 +493,7 @@ class LipschitzMonitor:
     def _check_alive(self) -> None:
         """Some hook must have spoken."""
         trained = [watch for watch in self._watches if watch.trained]
-        if any(watch.passes for watch in trained):
+        if not trained or any(watch.passes for watch in trained):
             return
         if any(watch.accumulated for watch in trained):
             raise SilentHookError(

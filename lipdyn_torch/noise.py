@@ -302,6 +302,11 @@ class GradientNoise:
 _FACTOR_ERROR = 0.05
 
 
+def factor_slack(error: float, eps: float) -> float:
+    """How far a factor of that standard error may be from another, relative to it, and mean the same."""
+    return 5.0 * error + (1e2 if eps < 1e-4 else 2.0) * eps  # in half precision errors of rounding show in the error
+
+
 def common_factor(factors: Sequence[tuple[float, float]], eps: float) -> float:
     """What all layers' gradients were multiplied by between backward pass and step.
 
@@ -325,8 +330,8 @@ def common_factor(factors: Sequence[tuple[float, float]], eps: float) -> float:
     >>> common_factor([(0.25, 1e-9), (0.2501, 1e-4)], eps=1e-16)
     0.25
     """
-    known = [(c, error) for c, error in factors if error <= _FACTOR_ERROR * abs(c)]
+    known = [(c, error) for c, error in factors if c != 0.0 and error <= _FACTOR_ERROR * abs(c)]
     if not known:
         return 1.0 if eps < 1e-4 or all(error == math.inf for _, error in factors) else _NAN
-    untouched = sum(abs(c - 1.0) <= 5.0 * error + 1e2 * eps for c, error in known)
+    untouched = sum(abs(c - 1.0) <= factor_slack(error, eps) for c, error in known)
     return 1.0 if 2 * untouched >= len(known) else min(known, key=lambda pair: pair[1] / abs(pair[0]))[0]

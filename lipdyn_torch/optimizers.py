@@ -21,6 +21,7 @@ is kept and compared with the one really made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,15 @@ class Response:
 
     def explains(self, old: Tensor, new: Tensor) -> bool:
         """Whether the parameter's change is `step`, up to its rounding."""
-        rounding = 8 * torch.finfo(old.dtype).eps * float(torch.linalg.vector_norm(working(old)))
-        size = float(torch.linalg.vector_norm(self.step))
+        rounding = 8 * torch.finfo(old.dtype).eps * _norm(working(old))
         change = working(new) - working(old)
-        return float(torch.linalg.vector_norm(change.sub_(self.step))) <= rounding + 1e-3 * size
+        return _norm(change.sub_(self.step)) <= rounding + 1e-3 * _norm(self.step)
+
+
+def _norm(x: Tensor) -> float:
+    """Euclidean norm; where the squares leave the range of single precision, in float64."""
+    size = float(torch.linalg.vector_norm(x))
+    return size if 1e-15 < size < math.inf else float(torch.linalg.vector_norm(x.double()))
 
 
 def respond(

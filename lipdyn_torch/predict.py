@@ -151,7 +151,7 @@ def sde(
     >>> prediction.predicted.tolist(), prediction.half_width.tolist()
     ([1.0, 1.13], [0.0, 0.2])
     """
-    path = _path(as_frame(history), layer, gradient, sampling, dataset_size)
+    path = _path(_moves(history), layer, gradient, sampling, dataset_size)
     step, z = observed(history, layer)
     return Prediction(f"SDE, {gradient} gradient", step, path.mean, z, np.sqrt(path.variance))
 
@@ -208,7 +208,7 @@ def moments(
     >>> found.z_mean.tolist(), [round(x, 12) for x in found.log_mean.tolist()]  # 1 + 0.15 - 0.04/2, and + 0.06/2
     ([1.0, 1.13], [1.0, 1.16])
     """
-    path = _path(as_frame(history), layer, gradient, sampling, dataset_size, independent_layers)
+    path = _path(_moves(history), layer, gradient, sampling, dataset_size, independent_layers)
     step, _ = observed(history, layer)
     log_mean = path.mean + path.variance / 2
     return Moments(step, path.mean, np.sqrt(path.variance), log_mean, log_sd_k(log_mean, path.variance))
@@ -230,7 +230,7 @@ def increments(history: History | pd.DataFrame, layer: str = NETWORK) -> pd.Data
     """
     import pandas as pd
 
-    frame = as_frame(history)
+    frame = _moves(history)
     rows = _rows(frame, layer)
     m, c, v = step_increments(rows["lr"], rows["mu"], rows["kappa"], rows["lambda_sq"])
     own = frame[frame["layer"] != NETWORK] if layer == NETWORK else rows
@@ -312,7 +312,7 @@ def forecast(
     >>> ahead.name, ahead.step.tolist(), [round(z, 12) for z in ahead.predicted.tolist()]
     ('forecast from step 1', [1, 2, 3], [0.1, 0.2, 0.3])
     """
-    frame = as_frame(history)
+    frame = _moves(history)
     rows = _rows(frame, layer)
     axis, z = observed(frame, layer)
     past = rows[rows["step"] < at].tail(window)
@@ -370,6 +370,16 @@ def _certificate(history: History | pd.DataFrame, order: int, layer: str) -> NDA
         bound = layers["bound"].to_numpy(float)
     per_step = [bound[layers["step"].to_numpy(int) == step].sum() for step in steps]
     return np.concatenate([[0.0], np.cumsum(per_step)])
+
+
+def _moves(history: History | pd.DataFrame) -> pd.DataFrame:
+    """The rows, with zeros for what is not known of a step that left the weights as they were: a loss scaler's skip."""
+    frame = as_frame(history)
+    if "eps" not in frame:
+        return frame
+    forces = [name for name in ("mu", "mu_ref", "kappa", "lambda_sq", "gHg") if name in frame]
+    filled = frame[forces].where(frame[forces].notna() | (frame["eps"] != 0.0).to_numpy()[:, None], 0.0)
+    return frame.assign(**{name: filled[name] for name in forces})
 
 
 def _rows(history: History | pd.DataFrame, layer: str) -> pd.DataFrame:

@@ -1,0 +1,374 @@
+"""Jobs off the beaten track: each has a defined answer, and none stops the training."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lipdyn_torch import LipschitzMonitor, NoSupportedLayerError, moments, sde
+from lipdyn_torch.dynamics import bridge_variance, epoch_means
+from lipdyn_torch.layers import _RULES, register_rule
+from lipdyn_torch.low_rank import LowRankSumRule
+from lipdyn_torch.noise import common_factor
+from lipdyn_torch.optimizers import Response
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def train(model, optimizer, x=None):
+    optimizer.zero_grad()
+    model(torch.randn(8, 6) if x is None else x).square().mean().backward()
+    optimizer.step()
+
+
+def statuses(monitor, step=-1):
+    step = monitor.history.steps[step]
+    return {row["layer"]: row["status"] for row in monitor.history if row["step"] == step}
+
+
+# --- gradients changed between backward pass and step ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["all", "some"])
+def test_gradients_set_to_zero_before_the_step(which):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    optimizer = sgd(model)
+    monitor = LipschitzMonitor(model, optimizer)
+    model(torch.randn(8, 6)).square().mean().backward()
+    for p in model.parameters() if which == "all" else model[:3].parameters():
+        p.grad.zero_()
+    optimizer.step()
+    found = statuses(monitor)
+    for name in ("0", "2"):
+        assert "contributions do not sum to the gradient" in found[name]
+    assert (found["4"] == "ok") == (which == "some")
+    assert all(math.isnan(row["mu"]) for row in monitor.history if row["layer"] in ("0", "2"))
+
+
+def test_factors_of_zero_are_not_factors():
+    assert common_factor([(0.0, 0.0), (0.0, 0.0)], 1e-7) == 1.0
+    assert common_factor([(0.0, 0.0), (0.5, 1e-9)], 1e-7) == 0.5
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.8, 0.94, 1.0, 1.3])
+def test_clipping_under_autocast(factor):
+    """In half precision the factor is found as in single, so that the terms are those of the run without autocast."""
+    rows = []
+    for enabled in (False, True):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 10))
+        optimizer = sgd(model, 0.05)
+        x, y = torch.randn(256, 20), torch.arange(256) % 10
+        monitor = LipschitzMonitor(model, optimizer)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        for p in model.parameters():
+            p.grad.mul_(factor)
+        optimizer.step()
+        rows.append(monitor.history.rows)
+    for plain, half in zip(*rows, strict=True):
+        assert ("rescaled" in half["status"]) == ("rescaled" in plain["status"]) == (factor != 1.0)
+        for key in ("lambda_sq", "kappa"):
+            assert half[key] == pytest.approx(plain[key], rel=0.1)
+
+
+def test_one_layer_scaled_in_half_precision():
+    """Half precision hides it from the sum, where the samples are large beside it; not from the factor."""
+    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    optimizer = sgd(model, 0.05)
+    x, y = torch.randn(256, 20), torch.arange(256) % 10
+    monitor = LipschitzMonitor(model, optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    model[2].weight.grad.mul_(0.8)
+    optimizer.step()
+    found = statuses(monitor)
+    assert (found["0"], found["4"]) == ("ok", "ok")
+    assert "contributions do not sum" in found["2"]
+
+
+def test_a_large_weight_that_moves_otherwise_is_seen():
+    """Norms of numbers whose squares leave the range of single precision."""
+    for scale in (1e20, 1e-25):
+        old = torch.full((4, 4), scale)
+        step = torch.full((4, 4), -0.01 * scale)
+        response = Response(drift=step, step=step)
+        assert response.explains(old, old + step)
+        assert not response.explains(old, 2 * old)
+
+
+# --- learning rates and phases -----------------------------------------------------------------------------------
+
+
+def test_a_low_rank_sum_while_the_rate_is_zero():
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(6, 5).requires_grad_(False)
+            self.up, self.down = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.randn(2, 6))
+
+        def forward(self, x):
+            return self.base(x) + x @ self.down.T @ self.up.T
+
+    register_rule(Adapted, LowRankSumRule("base.weight", "up", "down"))
+    try:
+        model = Adapted()
+        optimizer = sgd(model, 1e-3)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: t / 10)
+        reference = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+        monitor = LipschitzMonitor(model, optimizer, reference=lambda _: reference)
+        for _ in range(2):
+            train(model, optimizer)
+            schedule.step()
+    finally:
+        del _RULES[Adapted]
+    first, second = (monitor.history.rows[i] for i in (0, 2))
+    assert (first["lr"], first["dz"], first["status"]) == (0.0, 0.0, "ok")
+    for key in ("mu", "mu_ref"):  # the weights have not moved between the steps, and the reference never does
+        assert math.isfinite(first[key])
+    assert first["mu_ref"] == pytest.approx(second["mu_ref"], rel=1e-6)
+
+
+def test_a_phase_in_which_only_biases_are_trained():
+    model = mlp()
+    optimizer = sgd(model)
+    monitor = LipschitzMonitor(model, optimizer)
+    train(model, optimizer)
+    for p in model.parameters():
+        p.requires_grad_(p.ndim == 1)
+    train(model, optimizer)
+    assert statuses(monitor) == {"0": "frozen", "2": "frozen", "network": "ok"}
+    for p in model.parameters():
+        p.requires_grad_(True)
+    train(model, optimizer)
+    assert set(statuses(monitor).values()) == {"ok"}
+
+
+def test_a_closure_that_raises():
+    model = mlp()
+    optimizer = sgd(model)
+    monitor = LipschitzMonitor(model, optimizer)
+    x, calls = torch.randn(8, 6), 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise FloatingPointError
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.raises(FloatingPointError):
+        optimizer.step(closure)
+    train(model, optimizer)  # without one
+    optimizer.step(closure)
+    assert monitor.history.steps == [0, 1, 2]
+    assert {row["status"] for row in monitor.history} == {"ok"}
+
+
+def test_a_sink_that_raises_loses_no_step():
+    class Full:
+        def start(self, meta):
+            pass
+
+        def write(self, rows):
+            if rows[0]["step"] == 0:
+                raise OSError("disk full")
+
+        def close(self):
+            pass
+
+    model = mlp()
+    optimizer = sgd(model)
+    monitor = LipschitzMonitor(model, optimizer, sinks=[Full()])
+    with pytest.raises(OSError, match="disk full"):
+        train(model, optimizer)
+    train(model, optimizer)
+    assert [row["step"] for row in monitor.history] == [0] * 3 + [1] * 3
+
+
+def test_large_gradients_in_half_precision_are_no_overflow():
+    """Their sum leaves the range of float16, they do not."""
+    model = nn.Linear(300, 300, bias=False).half()
+    optimizer = sgd(model, 1e-6)
+    monitor = LipschitzMonitor(model, optimizer)
+    x = torch.rand(4, 300).half()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+    assert not model.weight.grad.sum().isfinite()
+    optimizer.step()
+    assert monitor.history.steps == [0]
+
+
+# --- layers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_frozen_weights_of_a_storage_dtype(dtype):
+    class Stored(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+    first = Stored(6, 6)
+    first.weight = nn.Parameter((10 * first.weight.detach()).to(dtype), requires_grad=False)
+    model = nn.Sequential(first, nn.Linear(6, 5))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.01)
+    monitor = LipschitzMonitor(model, optimizer)
+    train(model, optimizer)
+    if dtype == torch.int8:
+        assert monitor.skipped == {"0": "its weight is not real floating-point but int8"}
+    else:
+        row = monitor.history.rows[0]
+        assert row["status"] == "frozen"
+        norm = torch.linalg.matrix_norm(first.weight.detach().double(), 2)
+        assert row["sigma"] == pytest.approx(float(norm), rel=1e-12)
+
+
+def test_complex_and_empty_weights_are_skipped():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 6, dtype=torch.cfloat))
+
+        def forward(self, x):
+            return torch.view_as_real(x.to(torch.cfloat) @ self.w.T).flatten(1)
+
+    for model, reason in (
+        (Complex(), "its weight is not real floating-point but complex64"),
+        (nn.Linear(6, 5, dtype=torch.cfloat), "its weight is not real floating-point but complex64"),
+    ):
+        with pytest.raises(NoSupportedLayerError, match=reason):
+            LipschitzMonitor(model, sgd(model))
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 0))
+    assert LipschitzMonitor(model, sgd(model)).skipped == {"1": "its weight is empty, of shape (0, 5)"}
+
+
+def test_a_subclass_with_matrices_of_its_own():
+    class Adapted(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 5)
+            self.weight.requires_grad_(False)
+            self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(5, 2))
+
+    class Renamed(nn.Linear):
+        pass
+
+    model = nn.Sequential(Adapted(), Renamed(5, 3))
+    monitor = LipschitzMonitor(model, sgd(model))
+    assert monitor.layers == ["1"]
+    assert "matrices that LinearRule does not read (lora_A, lora_B)" in monitor.skipped["0"]
+
+
+def test_a_module_whose_settings_change():
+    """What is run again for per-sample gradients is the module as it is now."""
+
+    class Tempered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.temperature = nn.Parameter(torch.randn(5, 6)), 1.0
+
+        def forward(self, x):
+            return torch.tanh(x @ self.w.T * self.temperature)
+
+    model = Tempered()
+    optimizer = sgd(model, 0.01)
+    monitor = LipschitzMonitor(model, optimizer)
+    for temperature in (1.0, 1.5):
+        model.temperature = temperature
+        train(model, optimizer)
+        assert set(statuses(monitor).values()) == {"ok"}
+
+
+def test_a_weight_of_one_number():
+    """Of a square matrix with one value the next in the spectrum is minus that (theory 1.9)."""
+    for scale in (1.0, 1e20, 1e-20):
+        model = nn.Linear(1, 1, bias=False).double()
+        with torch.no_grad():
+            model.weight.fill_(scale * 0.7)
+        optimizer = sgd(model, 0.3)
+        monitor = LipschitzMonitor(model, optimizer)
+        for _ in range(5):
+            train(model, optimizer, torch.randn(8, 1).double())
+        for row in monitor.history:
+            if row["layer"] != "network":
+                assert row["gap"] == pytest.approx(2 * row["sigma"], rel=1e-12)
+                assert abs(row["remainder"]) <= row["bound"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.parametrize("how", ["export", "trace", "fake"])
+def test_tracing_with_the_monitor_on(how):
+    model = mlp()
+    optimizer = sgd(model)
+    monitor = LipschitzMonitor(model, optimizer)
+    x = torch.randn(8, 6)
+    if how == "export":
+        torch.export.export(model, (x,))
+    elif how == "trace":
+        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            model(mode.from_tensor(x))
+    train(model, optimizer)
+    assert set(statuses(monitor).values()) == {"ok"}
+
+
+# --- what is not known stays so ----------------------------------------------------------------------------------
+
+
+def test_bands_do_not_hide_what_is_unknown():
+    model = mlp()
+    optimizer = sgd(model, 0.05)
+    monitor = LipschitzMonitor(model, optimizer, dataset_size=33)
+    for batch in (8, 8, 8, 8, 1):  # of one sample there is no noise to tell
+        train(model, optimizer, torch.randn(batch, 6))
+    for sampling in ("shuffle", "iid"):
+        width = sde(monitor.history, sampling=sampling).half_width
+        assert np.isnan(width[-1])
+        assert width[0] == 0.0
+        assert (width[1:-1] > 0.0).all()
+    assert np.isnan(bridge_variance([0.25, np.nan, 0.25], [4] * 3, 16)[2:]).all()
+    np.testing.assert_allclose(epoch_means([0.2, np.nan, 0.4], [4] * 3, 12), [0.3, np.nan, 0.3])
+
+
+def test_skipped_steps_add_nothing_to_predictions():
+    """A loss scaler's skip leaves the weights where they were; the curve goes on through it."""
+    model = mlp()
+    optimizer = sgd(model, 0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    monitor = LipschitzMonitor(model, optimizer, dataset_size=64)
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 6)).square().mean() * (math.inf if step == 2 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert "skipped" in statuses(monitor, 2)["network"]
+    prediction = sde(monitor.history)
+    assert np.isfinite(prediction.predicted).all()
+    assert np.isfinite(prediction.half_width).all()
+    assert prediction.predicted[2] == prediction.predicted[3]
+    assert prediction.max_error < 1e-3
+    assert np.isfinite(moments(monitor.history, gradient="batch").log_mean).all()
