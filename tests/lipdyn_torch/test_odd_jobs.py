@@ -246,6 +246,7 @@ def test_frozen_weights_of_a_storage_dtype(dtype):
         assert row["sigma"] == pytest.approx(float(norm), rel=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_complex_and_empty_weights_are_skipped():
     class Complex(nn.Module):
         def __init__(self):
@@ -317,7 +318,7 @@ def test_a_weight_of_one_number():
                 assert abs(row["remainder"]) <= row["bound"]
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated")
 @pytest.mark.parametrize("how", ["export", "trace", "fake"])
 def test_tracing_with_the_monitor_on(how):
     model = mlp()
