@@ -136,9 +136,10 @@ class LipschitzMonitor:
     ``step, layer``         optimiser steps since attaching (0 is the first); name. A step that a loss scaler
                             skipped counts, and has rows without forces
     ``lr, batch``           learning rate of this step; number of samples M
-    ``sigma, gap``          largest singular value before the step; its isolation distance d (theory 1.9).
-                            In the network row ``sigma`` is K and ``gap`` the smallest
-    ``eps``                 ``2 ||D||_2 / d`` for the update D; expansions are certified below 1. Network: largest
+    ``sigma, gap``          largest singular value before the step; its isolation distance d (theory 1.9), of large
+                            weights rounded down by at most 1e-4. Network: ``sigma`` is K, ``gap`` the smallest
+    ``eps``                 ``2 ||D||_2 / d`` for the update D, of large weights rounded up by at most 3e-4 more;
+                            expansions are certified below 1. Network: largest
     ``mu``                  drift ``<J, b> / (lr sigma)`` with b the long-run effect of this step's gradient and of
                             weight decay (theory 5), per unit of SDE time: a step takes ``lr``
     ``mu_ref``              with ``reference``: the same for that gradient
