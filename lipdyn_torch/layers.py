@@ -24,7 +24,7 @@ from lipdyn_torch.distributed import full
 __all__ = ["Block", "EmbeddingRule", "LayerRule", "LinearRule", "find_rule", "register_rule", "unsupported_reason"]
 
 # Where per-sample gradients must exist at all, never more than this many numbers at a time.
-CHUNK_NUMBERS = 1 << 21
+CHUNK_NUMBERS = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class SmallSideResolvent:
         A, u, v, sigma = self.matrix, self.u, self.v, float(self.sigma[0])
         S = self.solve.rough(np.eye(len(u), dtype=u.dtype) - u @ u.conj().T)
         S = S - u @ (u.conj().T @ S)
-        C = S @ A
+        C = S.astype(np.result_type(A, np.complex64) if np.iscomplexobj(S) else A.dtype, copy=False) @ A
         uu, vv = square(u[:, 0], np), square(v[:, 0], np)
         L = sigma * np.diagonal(S).real + uu / (4 * sigma)
         R = (1 + np.sum(A.real * C.real + A.imag * C.imag, axis=0)) / sigma - 0.75 * vv / sigma
