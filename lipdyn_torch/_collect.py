@@ -259,27 +259,27 @@ def _gradients(caught: Caught, passes: list[Pass]) -> Tensor | None:
     W = None
     if caught.weights is not None:
         W = watch.rule.matrices(watch.module, watch.part, caught.weights)[group].double()
-    samples = []
-    for single in passes:
-        for parts in zip(*(_one_by_one(call, group) for call in single.calls), strict=True):
-            G = torch.stack(parts).sum(0).double()
-            samples.append(G if W is None else W * G)
-    return torch.stack(samples)
+    samples = torch.stack([G for single in passes for G in _one_by_one(single, group)])
+    return samples if W is None else W * samples
 
 
 def _joint_squares(single: Pass, group: int) -> Tensor | None:
-    """The same for a weight used several times in a pass: per-sample gradients, one sample at a time."""
-    streams = [_one_by_one(call, group) for call in single.calls]
+    """The same for a weight used several times in a pass."""
     total: Tensor | None = None
-    for parts in zip(*streams, strict=True):
-        square = torch.stack(parts).sum(0).double().square()
-        total = square if total is None else total + square
+    for G in _one_by_one(single, group):
+        total = G.square() if total is None else total + G.square()
     return total
 
 
-def _one_by_one(call: Call, group: int) -> Iterator[Tensor]:
-    for chunk in call.rule.per_sample(call.module, call.x, call.delta, Block(call.part, group)):
-        yield from chunk
+def _one_by_one(single: Pass, group: int) -> Iterator[Tensor]:
+    """The samples' contributions in float64, those of all calls of the pass added up."""
+
+    def of(call: Call) -> Iterator[Tensor]:
+        for chunk in call.rule.per_sample(call.module, call.x, call.delta, Block(call.part, group)):
+            yield from chunk
+
+    for parts in zip(*map(of, single.calls), strict=True):
+        yield torch.stack(parts).sum(0).double()
 
 
 def settle(layers: Sequence[Caught]) -> float:
