@@ -14,7 +14,15 @@ from lipdyn_torch._bridge import Pair, Spectrum, all_finite
 from lipdyn_torch._hooks import Call, Pass, Watch
 from lipdyn_torch.errors import FactorSizeError
 from lipdyn_torch.layers import Block, working
-from lipdyn_torch.noise import GradientNoise, check_factor_size, common_factor, factor_slack, mismatch, nearest_factor
+from lipdyn_torch.noise import (
+    FACTOR_ERROR,
+    GradientNoise,
+    check_factor_size,
+    common_factor,
+    factor_slack,
+    mismatch,
+    nearest_factor,
+)
 from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
 
 __all__ = ["Caught", "collect", "settle"]
@@ -44,6 +52,7 @@ class Caught:
     lr: float
     batch: int = 0
     frozen: bool = False
+    still: bool = False  # without a gradient: the optimiser passes it by
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     drift: Pair | None = None
@@ -98,6 +107,7 @@ def collect(
         gradients = [
             gradient_of(optimizer, p) if p.requires_grad and p.grad is not None else None for p in watch.parameters
         ]
+        caught.still = None not in owned and all(g is None for g in gradients)
         _check(caught, optimizer, owned, passes, gradients)
         if caught.spectrum.triplet is not None and None not in owned:
             _respond(caught, optimizer, groups, gradients, split, reference)
@@ -300,7 +310,8 @@ def settle(layers: Sequence[Caught]) -> float:
         noise = caught.noise if factor == 1.0 else caught.noise.scaled(factor)
         error = mismatch(noise, caught.whole)
         # in half precision the sum's rounding hides what a factor of the layer's own still shows
-        apart = abs(own / factor - 1.0) > factor_slack(deviation / abs(factor), caught.eps) + caught.tolerance
+        slack = factor_slack(deviation / abs(factor), caught.eps) + caught.tolerance
+        apart = deviation <= FACTOR_ERROR * abs(own) and abs(own / factor - 1.0) > slack
         if error <= caught.tolerance and not (caught.eps > 1e-4 and apart):
             caught.noise = noise
             if factor != 1.0:

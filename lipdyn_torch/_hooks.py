@@ -139,8 +139,8 @@ class Watch:
         """
 
         def gone(p: nn.Parameter) -> bool:
-            if p.grad is None:
-                return True
+            if p.grad is None:  # where shards are not yet reduced, it comes with a later backward pass
+                return local(p) is p or id(p) in self.versions
             return self.versions.get(id(p)) != p.grad._version and not bool(full(p.grad).any())
 
         return all(gone(p) for p in self.parameters if p.requires_grad)

@@ -130,7 +130,7 @@ class Measurement:
         """Drift, noise curvature and noise strength per unit of SDE time (theory 2.1, 2.4, 5)."""
         caught = self.caught
         keys = (*_FORCES, *(SPLIT_COLUMNS if self.split else ()), *(("mu_ref",) if self.reference else ()))
-        if caught.frozen:
+        if caught.frozen or caught.still:
             self.scores = torch.zeros(0)
             return dict.fromkeys(keys, 0.0)
         out: Row = dict.fromkeys(keys, _NAN)
@@ -186,7 +186,7 @@ def network_row(measurements: Sequence[Measurement]) -> Row:
     is the layers' joint effect in this step. ``gap`` is the smallest, ``eps`` the largest of the layers'.
     """
     rows = [measurement.row for measurement in measurements]
-    moving = [m for m in measurements if not m.caught.frozen]
+    moving = [m for m in measurements if not (m.caught.frozen or m.caught.still)]
     split = measurements[0].split
     lr = max(m.row["lr"] for m in (moving or measurements))
     batches = {m.row["batch"] for m in moving if m.row["batch"] > 0}

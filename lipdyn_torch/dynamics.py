@@ -305,7 +305,9 @@ def epoch_means(v: ArrayLike, batch: ArrayLike, dataset_size: int) -> NDArray[np
     known = ~np.isnan(scaled)
     sums = np.bincount(epoch[known], scaled[known], minlength=len(steps) + 1)
     means = sums / np.maximum(np.bincount(epoch[known], minlength=len(steps) + 1), 1)
-    return np.where(known, means[epoch] / np.array([m_k for _, m_k, _ in steps]), np.nan)
+    sizes = np.array([m_k for _, m_k, _ in steps])
+    spread = np.divide(means[epoch], sizes, out=np.zeros(len(steps)), where=sizes > 0)  # frozen layers see no samples
+    return np.where(known, spread, np.nan)
 
 
 def sample_paths(

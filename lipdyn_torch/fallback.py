@@ -8,10 +8,13 @@ of the training sees it. Modules that draw random numbers cannot be run again; t
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -90,7 +93,7 @@ class FallbackRule(LayerRule):
         mapped = torch.func.vmap(pulled_back, (None, 0, *(None if a is None else 0 for a in axes)))
         for chunk in chunks(len(delta), weight.numel() + delta[0].numel()):
             part = [v if a is None else v.movedim(a, 0)[chunk] for v, a in zip(values, axes, strict=True)]
-            with sdpa_kernel(SDPBackend.MATH):  # the others have no rule for vmap, and warn of it
+            with _no_draws(), sdpa_kernel(SDPBackend.MATH):  # the others have no rule for vmap, and warn of it
                 G = mapped(weight, delta[chunk], *part)
             yield torch.stack([self.matrices(module, block.part, (g,))[block.group] for g in G])
 
@@ -194,6 +197,23 @@ _ATTENTION_ARGUMENTS = (
     *("query", "key", "value", "key_padding_mask", "need_weights"),
     *("attn_mask", "average_attn_weights", "is_causal"),
 )
+
+
+@contextlib.contextmanager
+def _no_draws() -> Iterator[None]:
+    """Python's and NumPy's random numbers are left as they are, and whoever draws some is refused (as torch does)."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's own)
+    drawn = False
+    try:
+        yield
+    finally:
+        now = np.random.get_state()  # noqa: NPY002
+        drawn = python != random.getstate() or not all(map(np.array_equal, numpy, now))
+        if drawn:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+    if drawn:
+        raise NotImplementedError("a module that draws random numbers cannot be run again")
 
 
 def _detached(value: Any) -> Any:

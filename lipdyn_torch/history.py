@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("COLUMNS", "NETWORK", "REFERENCE_COLUMNS", "SPLIT_COLUMNS"),
-    *("History", "as_frame", "JsonLinesSink", "ResumeError", "Row", "Sink", "json_ready", "read_history"),
+    *("History", "as_frame", "JsonLinesSink", "ResumeError", "Row", "Sink"),
+    *("check_same_run", "json_ready", "read_history"),
 ]
 
 _LOG = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class History:
             raise ResumeError(f"expected the state_dict of a History, got {got}; pass what history.state_dict() gave")
         if state["version"] != 1:
             raise ResumeError(f"expected version 1 of the state, got {state['version']!r}; update lipdyn_torch")
-        _check_same_run(state["meta"], self.meta, "the state")
+        check_same_run(state["meta"], self.meta, "the state")
         self.rows = [dict(row) for row in state["rows"]]
         self.meta = {**state["meta"], **self.meta}
 
@@ -209,12 +210,16 @@ class JsonLinesSink:
 
     def start(self, meta: dict[str, Any]) -> None:
         """Write the line that says how the rows are made; on resuming, check that they are made likewise."""
+        if self._file.closed:
+            raise ValueError(
+                f"expected an open sink, got that of {self.path}, closed by an earlier run; make a new one"
+            )
         self._meta = json_ready(meta)
         if not self._resumed:
             self._put([{"meta": meta}])
             return
         try:
-            _check_same_run(read_history(self.path).meta, self._meta or {}, str(self.path))
+            check_same_run(read_history(self.path).meta, self._meta or {}, str(self.path))
         except ResumeError:
             self.close()
             raise
@@ -290,6 +295,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             record = json.loads(line)
             if not isinstance(record, dict) or not line.endswith(b"\n"):
                 raise ValueError("not a whole object")
+            if "meta" not in record and not {"step", "layer"} <= record.keys():
+                raise ValueError("neither a row nor the head of a record")
         except ValueError as error:  # also what is not UTF-8
             if number == len(lines):
                 return
@@ -316,7 +323,7 @@ def _offset_of_step(path: Path, step: int) -> int:
     return before
 
 
-def _check_same_run(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
+def check_same_run(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
     """Rows may follow each other only where they mean the same."""
     for key in ("layers", "shapes", "noise", "conv"):
         if key in old and key in new and json_ready(old[key]) != json_ready(new[key]):

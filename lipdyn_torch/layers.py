@@ -207,7 +207,7 @@ class LinearRule(LayerRule):
     @staticmethod
     def positions(a: Tensor) -> Tensor:
         """(n,), (M, n) or (M, ..., n) to (M, T, n)."""
-        return a.reshape(1, 1, -1) if a.ndim == 1 else a.reshape(a.shape[0], -1, a.shape[-1])
+        return a.reshape(1, 1, -1) if a.ndim == 1 else a.reshape(a.shape[0], math.prod(a.shape[1:-1]), a.shape[-1])
 
 
 def ghost(x: Tensor, delta: Tensor, u: Tensor, v: Tensor, W: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -357,7 +357,8 @@ def unsupported_reason(module: nn.Module, rule: LayerRule | None = None) -> str 
         return reason
     read = {path for part in rule.parts(module) for path in rule.parameters(module, part)}
     if type(module) not in _RULES and rule is find_rule(module):  # a subclass may use more than its base does
-        own = [name for name, p in module.named_parameters(recurse=False) if p.ndim > 1 and name not in read]
+        others = ((name, p) for name, p in module.named_parameters(recurse=False) if name not in read)
+        own = [name for name, p in others if sum(size > 1 for size in p.shape) > 1]
         if own:
             return f"has matrices that {type(rule).__name__} does not read ({', '.join(own)}): register a rule for it"
     for part in rule.parts(module):

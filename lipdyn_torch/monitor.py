@@ -134,7 +134,7 @@ class LipschitzMonitor:
 
     ======================  =====================================================================================
     ``step, layer``         optimiser steps since attaching (0 is the first); name. A step that a loss scaler
-                            skipped counts, and has rows without forces
+                            skipped counts where it would have been measured, and has rows without forces
     ``lr, batch``           learning rate of this step; number of samples M
     ``sigma, gap``          largest singular value before the step; its isolation distance d (theory 1.9), of large
                             weights rounded down by at most 1e-4. Network: ``sigma`` is K, ``gap`` the smallest
@@ -419,8 +419,14 @@ class LipschitzMonitor:
         rows.append(network_row(measurements))
         rows = [{"step": self._step, **row} for row in rows]
         self.history.extend(rows)
+        problems = []
         for sink in self._sinks:
-            sink.write(rows)
+            try:
+                sink.write(rows)
+            except Exception as error:  # the other sinks get their rows all the same
+                problems.append(error)
+        if problems:
+            raise problems[0]
 
     def _discard(self) -> None:
         """Gradients were cleared without a step. Where they had overflowed, a loss scaler skipped it: that gets rows.
@@ -430,8 +436,10 @@ class LipschitzMonitor:
         caught = [watch for watch in self._watches if watch.trained and watch.passes]
         if not all(watch.cleared() for watch in caught):
             return
-        overflowed = any(watch.overflowed() for watch in caught)
-        skipped = self._agree(int(overflowed)) > 0 and not self._inside
+        skipped = False
+        if any(watch.accumulated for watch in caught):  # else none was on its way to a step, here or elsewhere
+            overflowed = any(watch.overflowed() for watch in caught)
+            skipped = self._agree(int(overflowed)) > 0 and not self._inside
         batch = max(sum(p.samples for p in watch.merged(self._switch.outer)) for watch in self._watches)
         for watch in self._watches:
             watch.forget()
@@ -439,15 +447,13 @@ class LipschitzMonitor:
         if not skipped:
             return
         lr = max(float(group["lr"]) for group in self._optimizer.param_groups)
-        self._write(
-            [
-                Measurement(
-                    Caught(w, w.spectrum, lr, batch, not w.trained, [CLEARED] if w.trained else []), self._split
-                )
-                for w in self._watches
-            ]
-        )
-        self._finish(True)
+        layers = [Caught(w, w.spectrum, lr, batch, not w.trained) for w in self._watches]
+        for layer in layers:
+            layer.problems += [] if layer.frozen else [CLEARED]
+        try:
+            self._write([Measurement(layer, self._split) for layer in layers])
+        finally:
+            self._finish(True)
 
     @torch.no_grad()
     @one_thread

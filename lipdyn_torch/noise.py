@@ -299,7 +299,7 @@ class GradientNoise:
 
 
 #: A factor known worse than this is not known.
-_FACTOR_ERROR = 0.05
+FACTOR_ERROR = 0.05
 
 
 def factor_slack(error: float, eps: float) -> float:
@@ -330,7 +330,7 @@ def common_factor(factors: Sequence[tuple[float, float]], eps: float) -> float:
     >>> common_factor([(0.25, 1e-9), (0.2501, 1e-4)], eps=1e-16)
     0.25
     """
-    known = [(c, error) for c, error in factors if c != 0.0 and error <= _FACTOR_ERROR * abs(c)]
+    known = [(c, error) for c, error in factors if c != 0.0 and error <= FACTOR_ERROR * abs(c)]
     if not known:
         return 1.0 if eps < 1e-4 or all(error == math.inf for _, error in factors) else _NAN
     untouched = sum(abs(c - 1.0) <= factor_slack(error, eps) for c, error in known)

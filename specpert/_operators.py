@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from specpert._arrays import Array, Namespace, eps
-from specpert.result import NonFiniteError
+from specpert.result import ConvergenceError, NonFiniteError
 
 _EXACT_NORM_LIMIT = 512  # up to this smaller side the norm of a matrix is computed, beyond it bounded
 
@@ -58,18 +58,22 @@ class Operator:
             return self.bound * abs(self.factor)
         if self.size == 0:
             return 0.0
-        from scipy.sparse.linalg import LinearOperator, svds
+        from scipy.sparse.linalg import ArpackError, LinearOperator, svds
 
+        if min(self.shape) < 3:
+            return abs(self.factor) * self.size * float(np.linalg.norm(self.dense() / self.size, 2)) * 1.01
         operator = LinearOperator(
-            self.shape, matvec=lambda x: self._apply(x.reshape(-1, 1)), rmatvec=self._rmatvec, dtype=self.dtype
+            self.shape,
+            matvec=lambda x: self._apply(x.reshape(-1, 1)) / self.size,
+            rmatvec=lambda y: self._apply_adjoint(y.reshape(-1, 1)) / self.size,
+            dtype=self.dtype,
         )
         start = np.random.default_rng(0).standard_normal(min(self.shape))
-        if min(self.shape) < 3:
-            return abs(self.factor) * float(np.linalg.norm(self.dense(), 2)) * 1.01
-        return abs(self.factor) * 1.01 * float(svds(operator, k=1, v0=start, return_singular_vectors=False)[0])
-
-    def _rmatvec(self, y: np.ndarray) -> np.ndarray:
-        return self._apply_adjoint(y.reshape(-1, 1))
+        try:
+            norm = float(svds(operator, k=1, v0=start, return_singular_vectors=False)[0])
+        except ArpackError as error:
+            raise ConvergenceError(f"expected Lanczos to find the norm of a direction, got: {error}") from error
+        return abs(self.factor) * self.size * 1.01 * norm
 
     def dense(self) -> np.ndarray:
         """The matrix itself, by products with the unit vectors of the smaller side."""
@@ -108,7 +112,7 @@ def as_operator(A: Any, name: str) -> Operator:
 
 def _from_sparse(A: Any, name: str) -> Operator:
     A = A.tocsr()
-    if A.dtype.kind not in "biufc":
+    if A.dtype.kind not in "biufc" or A.dtype in (np.longdouble, np.clongdouble):
         raise TypeError(f"expected {name} with a floating or integer dtype, got {A.dtype}")
     A = A.astype(np.result_type(A.dtype, np.float64), copy=False)
     if not A.has_canonical_format:  # SciPy would add up entries given twice in the caller's own array

@@ -201,10 +201,11 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
     triplet, (H,) = prepare(A, k, [H], ["H"], cluster=False)
     xp, e = triplet._xp, triplet._e
     # a step so large that it has no size beside A counts as an infinite one
-    own = xp.zeros_like(e) if isinstance(H, Operator) else exponent(magnitude(H, xp), xp)
+    size = xp.asarray(H.size * abs(H.factor)) if isinstance(H, Operator) else magnitude(H, xp)
+    own = exponent(size, xp)
     huge = own - e > 0.4 * math.log2(float(xp.finfo(triplet._P0.dtype).max))
     power = xp.where(huge, own, e)
-    step = H.scaled(float(e)) if isinstance(H, Operator) else ldexp(H, -power[..., None, None], xp)
+    step = H.scaled(float(power)) if isinstance(H, Operator) else ldexp(H, -power[..., None, None], xp)
     margin = triplet._margin[..., None]
     safe = triplet._gap - margin
     h = _bound(step, triplet._values[..., 0], xp)[..., None]

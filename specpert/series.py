@@ -60,6 +60,22 @@ class Scaled:
         """Of the one value there is."""
         return Scaled(self.terms[..., 0, :], self.power[..., 0, :], self.xp)
 
+    def completed(self, other: Scaled) -> Scaled:
+        """With the terms of another where a value, or matrix, has terms that are not finite."""
+        xp = self.xp
+        known = xp.all(xp.isfinite(self.terms), axis=-1, keepdims=True)
+        power, instead = (x + 0 * known for x in (self.power, other.power))
+        return Scaled(xp.where(known, self.terms, other.terms), xp.where(known, power, instead), xp)
+
+    def __call__(self, x: Array) -> Array:
+        """The sum at x, as far as terms and powers of x are in range together."""
+        e, xp = self.power[..., 0], self.xp
+        y = ldexp(x + 0 * e, self.power[..., 1] - e + 0 * x, xp) if self.terms.shape[-1] > 1 else x
+        total = self.terms[..., -1] + xp.zeros_like(y)
+        for n in range(self.terms.shape[-1] - 2, -1, -1):
+            total = total * y + self.terms[..., n]
+        return ldexp(total, e + xp.zeros_like(total), xp)
+
     def coefficients(self) -> Array:
         """All terms; raises OverflowError where one leaves the range."""
         what = f"coefficients up to order {self.terms.shape[-1] - 1}"
@@ -117,12 +133,7 @@ class SigmaSeries:
 
     def __call__(self, x: Any) -> Array:
         """Sum of the series at x, a real number or a real array that broadcasts with the stack."""
-        xp = namespace(self.coefficients)
-        x = self._certificate.argument(x)
-        total = self.coefficients[..., -1] + xp.zeros_like(x)
-        for n in range(self.order - 1, -1, -1):
-            total = total * x + self.coefficients[..., n]
-        return scalar(total)
+        return scalar(self._scaled(self._certificate.argument(x)))
 
     def __repr__(self) -> str:
         return f"SigmaSeries(coefficients={self.coefficients}, gap={self.gap}, {self.status.name})"
@@ -274,26 +285,50 @@ def expand(
 
 
 def _expand(triplet: SingularTriplet, family: list[Array], order: int, vectors: bool) -> SigmaSeries | ClusterSeries:
+    xp = triplet._xp
+    # powers of directions much smaller than the value would underflow in a high order
+    unit = xp.max(triplet._values, axis=-1) if order > ORDINARY_ORDERS else None
+    parts = _terms(triplet, family, order, vectors, unit)
+    if not all(bool(xp.all(xp.isfinite(part.terms))) for part in parts[:-1] if part is not None):
+        # powers of 1 / d overflow; in units of d they cannot, but those of values with a larger d may underflow
+        first, parts = parts, _terms(triplet, family, order, vectors, xp.min(triplet._gap, axis=-1))
+        parts = (first[0].completed(parts[0]), *parts[1:])
+    lam, E, left, right, certificate = parts
+    P, Q = (None if part is None else part.coefficients() for part in (left, right))
+    if E is not None:
+        matrices = xp.moveaxis(E.coefficients(), -1, -3)
+        return ClusterSeries(matrices, triplet.gap, triplet.status, P, Q, certificate, lam)
+    return SigmaSeries(lam.coefficients(), triplet.gap, triplet.status, P, Q, certificate, lam)
+
+
+_Terms = tuple["Scaled", "Scaled | None", "Scaled | None", "Scaled | None", Certificate]
+
+
+def _terms(triplet: SingularTriplet, family: list[Array], order: int, vectors: bool, unit: Array | None) -> _Terms:
+    """Coefficients (of a cluster's mean), effective matrices of a cluster, both vector series, and the certificate."""
     xp, cluster = triplet._xp, triplet._cluster
-    t, scaled = scale(family, triplet._e, xp, xp.min(triplet._gap, axis=-1), order)
+    t, scaled = scale(family, triplet._e, xp, unit)
+
+    def of(terms: list[Array], e: Array) -> Scaled:
+        return Scaled.of(terms, e, t, triplet)
+
     if not vectors and _is_small(triplet, scaled):
-        lam = Scaled.of(_by_kernel(triplet, scaled[0], order), triplet._e, t, triplet).first()
-        certificate = Certificate(triplet, t, tuple(scaled))
-        return SigmaSeries(lam.coefficients(), triplet.gap, triplet.status, None, None, certificate, lam)
+        lam = of(_by_kernel(triplet, scaled[0], order), triplet._e).first()
+        return lam, None, None, None, Certificate(triplet, t, tuple(scaled))
     state = Vectors([products(A_j, xp) for A_j in scaled], triplet._P0, triplet._Q0)
     resolvent = triplet._resolvent()
     needed = order if vectors or cluster else order // 2
     E = extend(state, resolvent, triplet._E0, triplet._coupled, needed, xp, last=vectors or not cluster)
-    left, right = (_vector_coefficients(triplet, w, t) if vectors else None for w in (state.P, state.Q))
+    left = right = None
+    if vectors:
+        left, right = (of(w, xp.zeros_like(triplet._e)) for w in (state.P, state.Q))
+        left, right = (w.first() if isinstance(triplet.k, int) else w for w in (left, right))
     certificate = Certificate(triplet, t, tuple(scaled), tuple(getattr(resolvent, "residuals", ())))
     if cluster:
-        matrices = xp.moveaxis(Scaled.of(E, triplet._e, t, triplet).coefficients(), -1, -3)
         means = [real(xp.sum(xp.linalg.diagonal(E_n), axis=-1), xp) / len(triplet._indices) for E_n in E]
-        mean = Scaled.of(means, triplet._e, t, triplet)
-        return ClusterSeries(matrices, triplet.gap, triplet.status, left, right, certificate, mean)
-    lam = Scaled.of(value_coefficients(state, E, order, xp), triplet._e, t, triplet)
-    lam = lam.first() if isinstance(triplet.k, int) else lam
-    return SigmaSeries(lam.coefficients(), triplet.gap, triplet.status, left, right, certificate, lam)
+        return of(means, triplet._e), of(E, triplet._e), left, right, certificate
+    lam = of(value_coefficients(state, E, order, xp), triplet._e)
+    return lam.first() if isinstance(triplet.k, int) else lam, None, left, right, certificate
 
 
 SMALL = 64  # side up to which a matrix counts as small
@@ -373,32 +408,18 @@ def _as_family(coefficients: Any) -> list[Any]:
     return [coefficients]
 
 
-def scale(
-    family: list[Any], e: Array, xp: Namespace, d: Array | None = None, order: int = 0
-) -> tuple[Array, list[Any]]:
-    """Exponent t (...) and A_j / 2^(e + j t), the largest of which is about one, or about d where that is tiny.
-
-    Coefficient n of a series is then of the order of d at most, whatever n; for a high order, to which its powers may
-    underflow, the largest is about d whatever its size.
-    """
-    high = order > ORDINARY_ORDERS
+def scale(family: list[Any], e: Array, xp: Namespace, unit: Array | None = None) -> tuple[Array, list[Any]]:
+    """Exponent t (...) and A_j / 2^(e + j t), the largest of which is about one, or about `unit` (...)."""
     t = array(-math.inf, e, xp)
     for j, A_j in enumerate(family, start=1):
         size = array(A_j.size * abs(A_j.factor), e, xp) if isinstance(A_j, Operator) else magnitude(A_j, xp)
-        step = xp.ceil((exponent(size, xp, always=high) - e) / j)
+        step = xp.ceil((exponent(size, xp, always=unit is not None) - e) / j)
         t = xp.maximum(t, xp.where(size > 0, step, xp.full_like(step, -math.inf)))
     t = xp.where(xp.isfinite(t), t, xp.zeros_like(t))
-    if d is not None:
-        bits = xp.ceil(-xp.log2(xp.astype(d, e.dtype)))
-        t = t + (bits if high else xp.where(bits > 8, bits, xp.zeros_like(bits)))
+    if unit is not None:
+        t = t + xp.ceil(-xp.log2(xp.astype(unit, e.dtype)))
     return t, [_scaled(A_j, e + j * t, xp) for j, A_j in enumerate(family, start=1)]
 
 
 def _scaled(A_j: Any, e: Array, xp: Namespace) -> Any:
     return A_j.scaled(float(e)) if isinstance(A_j, Operator) else ldexp(A_j, -e[..., None, None], xp)
-
-
-def _vector_coefficients(triplet: SingularTriplet, terms: list[Array], t: Array) -> Array:
-    """Vectors (..., m, N + 1), or (..., m, c, N + 1) for several values."""
-    vectors = Scaled.of(terms, triplet._xp.zeros_like(triplet._e), t, triplet)
-    return (vectors.first() if isinstance(triplet.k, int) else vectors).coefficients()

@@ -144,8 +144,8 @@ class SingularTriplet:
     def _matrix(self, i: tuple[int, ...]) -> SingularTriplet:
         """The i-th matrix of the stack."""
         assert self._svd is not None
-        one = replace(self, shape=self.shape[-2:], _e=self._e[i], _margin=self._margin[i])
-        return assemble(one, tuple(x[i] for x in self._svd), self.k, self._gap[i])
+        one = replace(self, shape=self.shape[-2:], _e=self._e[(*i, ...)], _margin=self._margin[(*i, ...)])
+        return assemble(one, tuple(x[(*i, ...)] for x in self._svd), self.k, self._gap[(*i, ...)])
 
     @property
     def _small_side(self) -> SmallSideResolvent | None:
@@ -162,6 +162,8 @@ class SingularTriplet:
     def count_above(self, lower: float) -> int:
         """Number of singular values of A above `lower`; one that is within rounding of it counts or does not.
 
+        Rounding is that of single precision for a triplet made with an `rtol` that allows it.
+
         From the decomposition there is, or by Sylvester's law of inertia from the Gram matrix. Raises TypeError for a
         stack of matrices and for a triplet that knows only products with A, ValueError for NaN.
 
@@ -175,8 +177,8 @@ class SingularTriplet:
         if self._e.ndim:
             raise TypeError(f"expected a triplet of one matrix, got one of a stack {self.shape[:-2]}")
         lower = float(lower)
-        if lower > 0.0 and math.frexp(lower)[1] - float(self._e) > 1000:
-            return 0
+        if lower != 0.0 and math.isfinite(lower) and math.frexp(lower)[1] - float(self._e) > 1000:
+            lower = math.copysign(math.inf, lower)
         lower = math.ldexp(lower, -int(self._e))
         if math.isnan(lower):
             raise ValueError("expected a number as lower, got NaN")
@@ -191,7 +193,7 @@ class SingularTriplet:
             raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
         if lower >= float(small.sigma[0]):
             return 0
-        if lower < 1e-6 * float(small.sigma[0]):  # squared it would be lost
+        if lower < 1e-3 * float(small.sigma[0]):  # squared it would lose digits
             B: Any = solve.gram.B if isinstance(solve, CholeskySolver) else small.matrix
             s = np.linalg.svd(B.astype(small.u.dtype, copy=False), compute_uv=False)
             return int(np.sum(s > lower))

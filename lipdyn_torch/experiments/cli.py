@@ -56,7 +56,7 @@ def _demo(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
         )
         result = run_demo(config)
-    except (LipdynError, ValueError) as error:
+    except (LipdynError, ValueError, OSError) as error:
         print(f"lipdyn demo: {error}", file=sys.stderr)
         return 2
     print(report(result))

@@ -78,7 +78,11 @@ class LipschitzCallback(TrainerCallback):
         """Put the monitor's state into the checkpoint."""
         saved = monitor_state(self.monitor)
         if saved and state.is_world_process_zero:
-            torch.save(saved, self._file(args, state))
+            file = self._file(args, state)
+            if file.parent.is_dir():
+                torch.save(saved, file)
+            else:
+                _LOG.warning("no checkpoint %s: the monitor's state was not saved", file.parent)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,4 +96,7 @@ class LipschitzCallback(TrainerCallback):
             self.monitor.close()
 
     def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
-        return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self.FILE
+        name = f"checkpoint-{state.global_step}"
+        folders = [Path(str(args.output_dir)) / name, *Path(str(args.output_dir)).glob(f"run-*/{name}")]  # of a search
+        present = [folder for folder in folders if folder.is_dir()]
+        return max(present, key=lambda folder: folder.stat().st_mtime, default=folders[0]) / self.FILE

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lipdyn_torch.history import ResumeError, Row, json_ready
+from lipdyn_torch.history import Row, check_same_run, json_ready
 from lipdyn_torch.integrations._extras import need
 
 __all__ = ["MLflowSink", "ParquetSink", "TensorBoardSink", "WandbSink", "scalars"]
@@ -140,15 +140,11 @@ class ParquetSink:
         self._meta: dict[str, Any] = {}
 
     def start(self, meta: dict[str, Any]) -> None:
-        """Keep the meta for the files; on resuming, check that the folder is of the same layers."""
+        """Keep the meta for the files; on resuming, check that the rows in the folder were made likewise."""
         self._meta = json_ready(meta)
         for part in self._parts()[-1:]:
             old = json.loads((self._parquet.read_schema(part).metadata or {}).get(b"lipdyn", b"{}"))
-            if old.get("layers") != self._meta.get("layers"):
-                raise ResumeError(
-                    f"expected {self.folder} to have layers {self._meta.get('layers')} as this run, "
-                    f"got {old.get('layers')}; resume with the same model, or start a new folder"
-                )
+            check_same_run(old, self._meta, str(self.folder))
 
     def write(self, rows: Sequence[Row]) -> None:
         """Take the rows of one step, and write a file when there are enough."""

@@ -85,11 +85,14 @@ def trained(
     reference: bool = False,
     watch: bool = True,
     parts: int = 1,
+    late: bool = False,
+    probe: bool = False,
     **settings: object,
 ) -> tuple[list[dict], list[Tensor]]:
     """Rows and weights of a run with half of each batch; with rank None, of one process with all of it.
 
-    With trouble, the second process cannot read the second layer in step 1. Each batch comes in so many parts.
+    With trouble, the second process cannot read the second layer in step 1. Each batch comes in so many parts; late,
+    shards are reduced with the last of them only. With probe, the first process takes a gradient of its own once.
     """
     from lipdyn_torch import LipschitzMonitor
     from lipdyn_torch.distributed import full
@@ -114,11 +117,15 @@ def trained(
             x, y = batch(step)
             part = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
             optim.zero_grad()
-            for a, b in zip(x[part].chunk(parts), y[part].chunk(parts), strict=True):
+            for i, (a, b) in enumerate(zip(x[part].chunk(parts), y[part].chunk(parts), strict=True)):
+                if late:
+                    model.set_requires_gradient_sync(i + 1 == parts)
                 (nn.functional.cross_entropy(called(a), b) / parts).backward()
             if trouble and rank == 1 and step == 1:
                 monitor._watches[1].problems["made up"] = None
             optim.step()
+            if probe and rank == 0 and step == 1:
+                torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
     rows = monitor.history.rows if watch else []
     return rows, [full(p.detach()).clone() for p in model.parameters()]
 
@@ -153,6 +160,8 @@ SCENARIOS = {
     "ddp-plain": lambda rank: trained(rank, "ddp", watch=False),
     "fsdp-plain": lambda rank: trained(rank, "fsdp", watch=False),
     "ddp-parts": lambda rank: trained(rank, "ddp", parts=2),
+    "fsdp-late": lambda rank: trained(rank, "fsdp", parts=2, late=True),
+    "ddp-probe": lambda rank: trained(rank, "ddp", probe=True),
     "collectives": collectives,
     "fsdp-adam": lambda rank: trained(rank, "fsdp", "Adam"),
 }

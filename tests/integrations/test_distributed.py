@@ -181,14 +181,23 @@ def test_training_is_bitwise_the_same_without_the_monitor(combined, kind):
         assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
 
 
-def test_accumulation_in_two_processes(combined):
+@pytest.mark.parametrize("kind", ["ddp-parts", "fsdp-late"])
+def test_accumulation_in_two_processes(combined, kind):
     rows, _ = worker.trained(None, "alone", parts=2)
     for rank in (0, 1):
-        found, _ = combined[rank]["ddp-parts"]
+        found, _ = combined[rank][kind]
         assert [row["batch"] for row in found] == [row["batch"] for row in rows] == [8] * len(rows)
         for row, other in zip(found, rows, strict=True):
             for key in ("mu", "kappa", "lambda_sq", "kappa_var", "sigma", "dz"):
                 assert row[key] == pytest.approx(other[key], rel=1e-10, abs=1e-14), (row["layer"], key)
+
+
+def test_a_gradient_of_one_process_holds_up_none(combined):
+    """That of a loss which is only looked at never was on its way to a step: nothing to agree on."""
+    for rank in (0, 1):
+        (probed, weights), (rows, undisturbed) = combined[rank]["ddp-probe"], combined[rank]["ddp"]
+        pd.testing.assert_frame_equal(pd.DataFrame(probed), pd.DataFrame(rows))
+        assert all(torch.equal(a, b) for a, b in zip(weights, undisturbed, strict=True))
 
 
 def test_one_small_collective_in_a_step(combined):

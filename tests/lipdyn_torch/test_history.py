@@ -205,3 +205,18 @@ def test_states_that_do_not_fit(mlp_case):
     with pytest.raises(ResumeError, match="expected version 1 of the state, got 7; update"):
         history.load_state_dict({**state, "version": 7})
     assert history.rows == rows
+
+
+def test_lines_that_are_no_rows(tmp_path):
+    path = tmp_path / "history.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1, "layer": "network"}\n')
+    with pytest.raises(ResumeError, match="expected one JSON object per line"):
+        JsonLinesSink(path, resume=True)
+
+
+def test_a_closed_sink_is_not_used_again(tmp_path):
+    sink = JsonLinesSink(tmp_path / "history.jsonl")
+    sink.start({"layers": []})
+    sink.close()
+    with pytest.raises(ValueError, match=r"expected an open sink, got that of .* make a new one"):
+        sink.start({"layers": []})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -199,13 +200,21 @@ def test_a_sink_that_raises_loses_no_step():
         def close(self):
             pass
 
+    class Kept(Full):
+        steps = ()
+
+        def write(self, rows):
+            self.steps += (rows[0]["step"],)
+
     model = mlp()
     optimizer = sgd(model)
-    monitor = LipschitzMonitor(model, optimizer, sinks=[Full()])
+    kept = Kept()
+    monitor = LipschitzMonitor(model, optimizer, sinks=[Full(), kept])
     with pytest.raises(OSError, match="disk full"):
         train(model, optimizer)
     train(model, optimizer)
     assert [row["step"] for row in monitor.history] == [0] * 3 + [1] * 3
+    assert kept.steps == (0, 1)  # whatever becomes of the other sink
 
 
 def test_large_gradients_in_half_precision_are_no_overflow():
@@ -300,6 +309,68 @@ def test_a_module_whose_settings_change():
         model.temperature = temperature
         train(model, optimizer)
         assert set(statuses(monitor).values()) == {"ok"}
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.random], ids=["random", "numpy"])
+def test_modules_that_draw_are_not_run_again(draw):
+    """Training goes on with the same random numbers, and the rows say why there are no terms."""
+
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 6))
+
+        def forward(self, x):
+            return torch.tanh(x @ self.w.T) * (1.0 if draw() < 0.5 else 0.5)
+
+    weights = []
+    for watched in (False, True):
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        model = Drawing()
+        optimizer = sgd(model)
+        monitor = LipschitzMonitor(model, optimizer) if watched else None
+        for _ in range(3):
+            train(model, optimizer)
+        weights.append((model.w.detach().clone(), draw()))
+    assert torch.equal(weights[0][0], weights[1][0])
+    assert weights[0][1] == weights[1][1]
+    assert all("draws random numbers" in row["status"] for row in monitor.history)
+
+
+def test_a_branch_that_is_not_used_in_a_step():
+    """The optimiser passes its weight by: it adds nothing, and the network's terms are those of the others."""
+    model = nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Linear(6, 5)})
+    optimizer = sgd(model)
+    monitor = LipschitzMonitor(model, optimizer, dataset_size=64)
+    for step in range(4):
+        optimizer.zero_grad()
+        model["ab"[step % 2]](torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+    for row, other, network in zip(*(monitor.history.rows[i::3] for i in range(3)), strict=True):
+        assert network["mu"] == row["mu"] + other["mu"]
+        assert network["lambda_sq"] == pytest.approx(row["lambda_sq"] + other["lambda_sq"], rel=1e-12)
+    assert np.isfinite(sde(monitor.history).predicted).all()
+
+
+def test_bands_of_a_frozen_layer():
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = sgd(model)
+    monitor = LipschitzMonitor(model, optimizer, dataset_size=32)
+    for _ in range(3):
+        train(model, optimizer)
+    assert sde(monitor.history, "0").half_width.tolist() == [0.0] * 4
+
+
+def test_a_subclass_of_attention_with_biases():
+    class Attention(nn.MultiheadAttention):
+        pass
+
+    model = Attention(8, 2, add_bias_kv=True)
+    layers = LipschitzMonitor(model, sgd(model)).layers
+    assert [name.rpartition(".")[2] for name in layers] == ["q", "k", "v", "out_proj"]
 
 
 def test_a_weight_of_one_number():

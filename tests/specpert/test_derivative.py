@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import array_api_strict
 import mpmath
 import numpy as np
 import pytest
@@ -262,3 +263,9 @@ def test_big_endian_arrays():
     assert math.isclose(
         sigma_derivative(A.astype(">f8"), 2, directions=H.astype(">f8")), sigma_derivative(A, 2, directions=H)
     )
+
+
+def test_dense_derivatives_of_a_stack_by_the_standard_alone():
+    A = np.random.default_rng(0).standard_normal((2, 3, 2))
+    found = sigma_derivative(array_api_strict.asarray(A), 3)
+    np.testing.assert_allclose(np.asarray(found), sigma_derivative(A, 3), rtol=1e-12, atol=1e-12)

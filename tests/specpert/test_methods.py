@@ -19,6 +19,7 @@ from specpert import (
     SigmaHessian,
     Status,
     ZeroSingularValueError,
+    kato_temple,
     sigma_derivative,
     sigma_series,
     singular_triplet,
@@ -554,3 +555,28 @@ def test_sparse_arrays_are_left_as_they_are():
     for B in (A, H):
         for x, y in zip((B.data, B.indices, B.indptr), before, strict=True):
             np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("scale", [1e-130, 1e-300, 1e130])
+def test_enclosures_of_sparse_arrays_at_any_scale(scale):
+    A = sparse.csr_array(np.diag(np.arange(40.0, 0.0, -1.0)))
+    found = kato_temple(A * scale, A * (1e-3 * scale))
+    dense = kato_temple(A.toarray() * scale, A.toarray() * (1e-3 * scale))
+    assert math.isclose(found.eps, dense.eps, rel_tol=1e-3)
+    assert math.isclose(found.value, dense.value, rel_tol=1e-12)
+    assert found.bound < 1e-8 * scale
+    assert kato_temple(A, A * 1e200).eps == math.inf
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1.0, 1e160, 1e300])
+def test_norms_of_operators_at_any_scale(scale):
+    A = sparse.random_array((60, 70), density=0.2, rng=np.random.default_rng(0))
+    B = aslinearoperator(A * scale)
+    assert math.isclose(sigma_series(B, B, 2).radius, sigma_series(A, aslinearoperator(A), 2).radius, rel_tol=1e-6)
+
+
+def test_sparse_arrays_in_extended_precision_are_refused():
+    if np.dtype(np.longdouble) == np.float64:
+        pytest.skip("no extended precision here")
+    with pytest.raises(TypeError, match="expected A with a floating or integer dtype, got float128"):
+        singular_triplet(sparse.csr_array(np.eye(40).astype(np.longdouble)))

@@ -371,3 +371,42 @@ def test_derivatives_of_high_order_come_through(order, size, sigma):
     found = sigma_derivative(A, order, directions=H)
     rtol = 1e-9 if abs(truth) > 1e-300 else 1e-2
     assert abs(found - truth) <= rtol * abs(truth) + 5e-324
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("order", [10, 20, 40])
+def test_values_with_and_without_a_close_neighbour(dtype, order):
+    """What one value needs of scaling does not spoil the other: each is as if it were asked for alone."""
+    tight = 2e-5 if dtype == np.float32 else 1e-12
+    A, H = np.diag([3.0, 2.0, 1.0, 1.0 - tight]).astype(dtype), np.zeros((4, 4), dtype)
+    H[0, 1] = H[1, 0] = 1.0
+    both = sigma_series(A, H, order, k=[0, 2])
+    for i, k in enumerate([0, 2]):
+        alone = sigma_series(A, H, order, k=k).coefficients
+        np.testing.assert_allclose(both.coefficients[i], alone, rtol=1e-5 if dtype == np.float32 else 1e-12)
+    # 5/2 + sqrt(1/4 + x^2), whatever the neighbours do that H does not reach
+    with mpmath.workdps(60):
+        exact = np.array(mpmath.taylor(lambda x: 2.5 + mpmath.sqrt(0.25 + x * x), 0, order), float)
+    allowed = {"rtol": 2e-4 if dtype == np.float32 else 1e-10, "atol": 1e-30}
+    np.testing.assert_allclose(both.coefficients[0], exact, **allowed)
+    A, H = np.diag([3.0, 3.0 - tight, 2.0, 0.5]).astype(dtype), np.zeros((4, 4), dtype)
+    H[0, 2] = H[2, 0] = 1.0
+    found = sigma_series(A, H, order).coefficients
+    np.testing.assert_allclose(found, exact, **allowed)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("order", [20, 100, 200])
+def test_sums_of_high_order_keep_to_their_remainder(order, scale):
+    """Also where coefficients leave the range of floats and powers of x would."""
+    A, H = np.diag([3.0, 2.0]), scale * np.array([[0.0, 1.0], [1.0, 0.0]])
+    try:
+        series = sigma_series(A, H, order)
+    except OverflowError:
+        assert scale > 1
+        return
+    for share in (0.1, 0.8):
+        x = share * float(series.radius)
+        assert abs(series(x) - np.linalg.norm(A + x * H, 2)) <= series.remainder(x)
+    points = np.array([-0.5, 0.0, 0.5]) * float(series.radius)
+    np.testing.assert_array_equal(series(points), [series(float(x)) for x in points])

@@ -463,3 +463,21 @@ BAD = [
 def test_strategy_arguments(arguments):
     with pytest.raises(ValueError, match="expected"):
         matrices_with_spectrum(**arguments)
+
+
+@pytest.mark.parametrize("scale", [1e-250, 1e-160, 1e160, 1e200])
+def test_right_series_pass_at_any_scale(scale):
+    A, H = np.diag([3.0, 1.0]), 0.1 * np.array([[1.0, 2.0], [3.0, 4.0]])
+    assert check_series(A * scale, H * scale, 4).worst < 1
+
+
+def test_a_claim_of_convergence_everywhere_is_tried():
+    A, H = np.diag([3.0, 2.0]), np.array([[0.0, 1.0], [1.0, 0.0]])
+
+    class Boasting:
+        def __init__(self, series):
+            self.coefficients, self.radius = series.coefficients, np.inf
+            self.remainder = lambda x: series.remainder(x) if abs(x) < 0.5 else 1e-3
+
+    with pytest.raises(AssertionError):
+        check_certificate(A, H, 6, series=Boasting(sigma_series(A, H, 6)))
