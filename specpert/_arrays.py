@@ -192,6 +192,11 @@ def to_precision(x: Array, dtype: Any, xp: Namespace) -> Array:
     return xp.astype(x, dtype, copy=False)
 
 
+def has_double(xp: Namespace) -> bool:
+    """Whether there is a float64: JAX has one only where it is told so."""
+    return not array_api_compat.is_jax_namespace(xp) or bool(xp.asarray(0.0).dtype == np.float64)
+
+
 def widened(A: np.ndarray, x: np.ndarray) -> np.ndarray:
     """A x (..., r, c) in the better precision of the two, without a copy of A in it."""
     dtype = np.result_type(A, x)

@@ -22,6 +22,7 @@ from specpert._arrays import (
     eps,
     exponent,
     from_host,
+    has_double,
     host_view,
     is_numpy,
     ldexp,
@@ -111,6 +112,10 @@ def _results(A: Array, dtype: Any, xp: Namespace) -> Any:
     except TypeError:  # of another library
         name = str(dtype).rsplit(".", 1)[-1]
     if name in ("float64", "complex128"):
+        if not has_double(xp):
+            raise ValueError(
+                "expected dtype to be that of A, float32, got float64, which JAX has with jax_enable_x64 only"
+            )
         return xp.float64
     if name not in ("float32", "complex64") or own == xp.float64:
         raise ValueError(f"expected dtype to be float64 or that of A, {dtype_name(A)}, got {dtype!r}")

@@ -183,7 +183,7 @@ class SingularTriplet:
         if math.isnan(lower):
             raise ValueError("expected a number as lower, got NaN")
         if self._svd is not None:
-            return int(self._xp.sum(self._xp.astype(self._svd[1] > lower, self._xp.int64)))
+            return int(self._xp.sum(self._xp.astype(self._svd[1] > lower, self._xp.int32)))
         if lower < 0:
             return min(self.shape)
         small = self._small_side

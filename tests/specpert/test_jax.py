@@ -256,3 +256,17 @@ def test_torch_tensors_stay_on_their_device(function, complex_):
     with watch_torch() as sizes:
         function(A, H)
     assert set(sizes) == {1}
+
+
+def test_float64_results_need_float64():
+    jax = pytest.importorskip("jax")
+    A = REAL[0].astype(np.float32)
+    with jax.enable_x64(False):
+        triplet = singular_triplet(jax.numpy.asarray(A))
+        assert triplet.count_above(0.5 * float(triplet.sigma)) == int((np.linalg.svd(A)[1] > 0.5 * triplet.sigma).sum())
+        with pytest.raises(ValueError, match="float64, which JAX has with jax_enable_x64 only"):
+            singular_triplet(jax.numpy.asarray(A), dtype="float64")
+    with jax.enable_x64(True):
+        found = singular_triplet(jax.numpy.asarray(A), dtype=np.float64)
+        assert found.sigma.dtype == np.float64
+        np.testing.assert_allclose(found.sigma, np.linalg.norm(A.astype(np.float64), 2), rtol=1e-14)
