@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
@@ -260,6 +261,9 @@ class LipschitzMonitor:
         if self.history.rows:
             last = self.history.rows[-1]
             return last["z"] + last["dz"]
+        return self._log_k_now()
+
+    def _log_k_now(self) -> float:
         return sum(math.log(w.spectrum.sigma) if w.spectrum.sigma > 0 else math.nan for w in self._watches)
 
     def report(self) -> Report:
@@ -302,7 +306,7 @@ class LipschitzMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up a run where `state_dict` left it; load model and optimiser first.
+        """Take up a run where `state_dict` left it; load model and optimiser first. Warns if the weights do not fit.
 
         Raises
         ------
@@ -316,6 +320,17 @@ class LipschitzMonitor:
         for watch in self._watches:
             watch.forget()
             watch.refresh()
+        last = self.history.rows[-1] if self.history.rows else None
+        if (
+            last is not None
+            and last["step"] == self._step - 1
+            and abs(last["z"] + last["dz"] - self._log_k_now()) > 1e-6
+        ):
+            warnings.warn(
+                f"expected the weights that the rows end with, log K = {last['z'] + last['dz']:.6f}, got "
+                f"{self._log_k_now():.6f}; load the model first, and the state of the same run",
+                stacklevel=2,
+            )
         self._turn(self._schedule.due(self._step))
 
     def close(self) -> None:

@@ -188,6 +188,23 @@ def test_a_closure_that_raises():
     assert {row["status"] for row in monitor.history} == {"ok"}
 
 
+def test_a_state_of_another_run():
+    """Rows that do not end where the weights are would show a jump that never was."""
+    model = mlp()
+    optimizer = sgd(model)
+    monitor = LipschitzMonitor(model, optimizer)
+    for _ in range(2):
+        train(model, optimizer)
+    state = monitor.state_dict()
+    monitor.close()
+    again = LipschitzMonitor(model, optimizer)
+    again.load_state_dict(state)
+    again.close()
+    other = mlp()
+    with pytest.warns(UserWarning, match="expected the weights that the rows end with"):
+        LipschitzMonitor(other, sgd(other)).load_state_dict(state)
+
+
 def test_a_sink_that_raises_loses_no_step():
     class Full:
         def start(self, meta):
