@@ -68,6 +68,11 @@ class Caught:
     before: dict[int, tuple[Tensor, Response]] = field(default_factory=dict)  # by parameter: its value, its response
 
     @property
+    def moves(self) -> bool:
+        """Whether the optimiser touches it in this step."""
+        return not (self.frozen or self.still)
+
+    @property
     def tolerance(self) -> float:
         """How far rounding may take the samples' sum from the gradient, relative to the samples' sizes.
 

@@ -91,46 +91,44 @@ class Measurement:
         out |= {"mode": "none", "dz": _log(after.sigma) - _log(before.sigma)}
         if size != size:
             return out
-        out["mode"], changes = self._changes(updates, size, out["eps"], out["dz"])
+        out["mode"], changes, first = self._changes(updates, size, out["eps"], out["dz"])
         out["dz1"], out["dz2"], out["dz3"] = changes
-        out["bound"] = _bound(before, updates[before.group], size, out, self._first(updates, out))
+        out["bound"] = _bound(before, updates[before.group], size, out, first)
         out["remainder"] = out["dz"] - out["dz2"]
         return out
 
-    def _changes(self, updates: Tensor, size: float, eps: float, observed: float) -> tuple[str, list[float]]:
-        """The mode, and the changes of log sigma to order 1, 2, 3."""
+    def _changes(self, updates: Tensor, size: float, eps: float, observed: float) -> tuple[str, list[float], float]:
+        """The mode, the changes of log sigma to order 1, 2, 3, and that of sigma to the first.
+
+        The last is a lower bound of the change (sigma is convex); -inf where it does not exist.
+        """
         before = self.caught.spectrum
         if size == 0.0:
-            return "series", [0.0] * 3
+            return "series", [0.0] * 3, 0.0
         values = None
         if eps < 1.0:
-            changes, clipped = pathwise_changes(taylor(before, updates[before.group]))
+            coefficients = taylor(before, updates[before.group])
+            changes, clipped = pathwise_changes(coefficients)
             if clipped:
                 self.caught.notes.append(CLIPPED)
-            return "series", changes
+            return "series", changes, coefficients[1]
+        first = -math.inf
+        if before.triplet is not None:
+            first = float(before.u @ (updates[before.group].double() @ before.v))
         if REACH * size < before.sigma:
             try:
                 values = cluster_values(before, updates, REACH * size, MOST)
             except (ArithmeticError, ValueError, torch.linalg.LinAlgError):
                 values = None
         if values is None or min(values) <= 0.0:
-            return "exact", [observed] * 3
-        return "cluster", [math.log(value / before.sigma) for value in values]
-
-    def _first(self, updates: Tensor, path: Row) -> float:
-        """First-order change of sigma, a lower bound of the change (sigma is convex); -inf where it does not exist."""
-        before = self.caught.spectrum
-        if path["mode"] == "series" and CLIPPED not in self.caught.notes:
-            return before.sigma * math.expm1(path["dz1"])
-        if before.triplet is None:
-            return -math.inf
-        return float(before.u @ (updates[before.group].double() @ before.v))
+            return "exact", [observed] * 3, first
+        return "cluster", [math.log(value / before.sigma) for value in values], first
 
     def _forces(self) -> Row:
         """Drift, noise curvature and noise strength per unit of SDE time (theory 2.1, 2.4, 5)."""
         caught = self.caught
         keys = (*_FORCES, *(SPLIT_COLUMNS if self.split else ()), *(("mu_ref",) if self.reference else ()))
-        if caught.frozen or caught.still:
+        if not caught.moves:
             self.scores = torch.zeros(0)
             return dict.fromkeys(keys, 0.0)
         out: Row = dict.fromkeys(keys, _NAN)
@@ -186,7 +184,7 @@ def network_row(measurements: Sequence[Measurement]) -> Row:
     is the layers' joint effect in this step. ``gap`` is the smallest, ``eps`` the largest of the layers'.
     """
     rows = [measurement.row for measurement in measurements]
-    moving = [m for m in measurements if not (m.caught.frozen or m.caught.still)]
+    moving = [m for m in measurements if m.caught.moves]
     split = measurements[0].split
     lr = max(m.row["lr"] for m in (moving or measurements))
     batches = {m.row["batch"] for m in moving if m.row["batch"] > 0}

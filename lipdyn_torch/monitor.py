@@ -320,17 +320,14 @@ class LipschitzMonitor:
         for watch in self._watches:
             watch.forget()
             watch.refresh()
-        last = self.history.rows[-1] if self.history.rows else None
-        if (
-            last is not None
-            and last["step"] == self._step - 1
-            and abs(last["z"] + last["dz"] - self._log_k_now()) > 1e-6
-        ):
-            warnings.warn(
-                f"expected the weights that the rows end with, log K = {last['z'] + last['dz']:.6f}, got "
-                f"{self._log_k_now():.6f}; load the model first, and the state of the same run",
-                stacklevel=2,
-            )
+        if self.history.rows and self.history.rows[-1]["step"] == self._step - 1:
+            expected, found = self.log_k, self._log_k_now()
+            if abs(expected - found) > 1e-6:
+                warnings.warn(
+                    f"expected the weights that the rows end with, log K = {expected:.6f}, got {found:.6f}; load the "
+                    "model first, and the state of the same run",
+                    stacklevel=2,
+                )
         self._turn(self._schedule.due(self._step))
 
     def close(self) -> None:
