@@ -128,6 +128,9 @@ def _tensor(a: Any) -> Tensor:
     return a if isinstance(a, Tensor) else torch.as_tensor(a)
 
 
+#: A cluster holds the values within this many times the norm of a step of the largest, and may end in the widest gap
+#: up to the second number; of at most so many values (theory 2.8).
+REACH, MOST = (4.0, 6.0), 16
 REPEATED = "largest singular value is repeated"
 
 
@@ -232,16 +235,17 @@ def taylor(spectrum: Spectrum, step: Tensor) -> list[float]:
 
 
 @one_thread
-def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -> list[float] | None:
+def cluster_values(spectrum: Spectrum, steps: Tensor, size: float) -> list[float] | None:
     """Largest singular value after ``steps`` (g, m, n), to order 1, 2, 3, by effective matrices (theory 2.8, 1.8).
 
-    All singular values within ``reach`` of the largest are taken as one cluster in each group, so that no small
-    gap is divided by.
+    All singular values from which a step of norm ``size`` cannot keep the largest apart are taken as one cluster in
+    each group, so that no small gap is divided by.
 
     Returns
     -------
     list of float, or None
-        None if more than ``most`` values are within reach.
+        None if the cluster would be too large, or a value comes out beyond the reach of the step (Weyl), as it does
+        where the cluster can only end in a small gap.
 
     Examples
     --------
@@ -249,25 +253,32 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, reach: float, most: int) -
     >>> tie = read_spectrum(torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64)))
     >>> step = torch.zeros(1, 3, 3, dtype=torch.float64)
     >>> step[0, 0, 1] = step[0, 1, 0] = 0.1  # splits the pair into 2.1 and 1.9
-    >>> [round(value, 12) for value in cluster_values(tie, step, reach=0.4, most=16)]
+    >>> [round(value, 12) for value in cluster_values(tie, step, 0.1)]
     [2.1, 2.1, 2.1]
     """
-    lower = spectrum.sigma - reach
+    upper, lower = spectrum.sigma - REACH[0] * size, max(0.0, spectrum.sigma - REACH[1] * size)
+    if upper <= 0:
+        return None
     if spectrum.triplet is not None and len(spectrum.matrices) == 1:
-        sizes = [spectrum.triplet.count_above(lower)]
+        sources, counts = [spectrum.triplet], [1]
     else:
-        sizes = (_singular_values(spectrum.matrices) > lower).sum(-1).tolist()
-    if sum(sizes) > most or max(sizes) == 0:
+        sources = [_array(matrix.double()) for matrix in spectrum.matrices]
+        counts = (_singular_values(spectrum.matrices) > upper).sum(-1).tolist()
+    if sum(counts) > MOST:
         return None
     best = [0.0] * 3
-    for group, size in enumerate(sizes):
-        if size == 0:
+    for source, count, step in zip(sources, counts, steps, strict=True):
+        if count == 0:
             continue
-        A, D = _array(spectrum.matrices[group].double()), _array(steps[group].double())
-        matrices = _tensor(specpert.sigma_series(A, D, 3, k=tuple(range(size))).effective_matrices)
+        cluster = specpert.leading_cluster(source, upper, lower, MOST)
+        if cluster is None:
+            return None
+        series = specpert.sigma_series(cluster, _array(step), 3)
+        assert isinstance(series, specpert.ClusterSeries)
+        matrices = _tensor(series.effective_matrices)
         tops = torch.linalg.eigvals(torch.cumsum(matrices, 0)[1:]).real.amax(-1).tolist()
         best = [max(pair) for pair in zip(best, tops, strict=True)]
-    return best
+    return best if max(abs(value - spectrum.sigma) for value in best) <= 1.1 * size else None
 
 
 def _singular_values(matrices: Tensor) -> Tensor:

@@ -29,8 +29,6 @@ BATCH_OF_ONE = "batch of one: noise terms undefined"
 CLIPPED = "predicted change below -90 %: clipped"
 OTHER_UPDATE = "the step is not the one the optimizer's formula gives: drift and noise terms unknown"
 FROZEN = "frozen"
-#: A cluster reaches this many times the norm of the update below sigma, and holds at most so many values (2.8).
-REACH, MOST = 4.0, 16
 _FORCES = ("mu", "kappa", "lambda_sq", "gHg")
 
 
@@ -115,11 +113,10 @@ class Measurement:
         first = -math.inf
         if before.triplet is not None:
             first = float(before.u @ (updates[before.group].double() @ before.v))
-        if REACH * size < before.sigma:
-            try:
-                values = cluster_values(before, updates, REACH * size, MOST)
-            except (ArithmeticError, ValueError, torch.linalg.LinAlgError):
-                values = None
+        try:
+            values = cluster_values(before, updates, size)
+        except (ArithmeticError, ValueError, torch.linalg.LinAlgError):
+            values = None
         if values is None or min(values) <= 0.0:
             return "exact", [observed] * 3, first
         return "cluster", [math.log(value / before.sigma) for value in values], first

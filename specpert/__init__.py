@@ -1,6 +1,7 @@
 """Derivatives of any order of singular values of real and complex rectangular matrices, with certificates."""
 
 from specpert.certificate import Enclosure, kato_temple
+from specpert.cluster import leading_cluster
 from specpert.derivative import sigma_derivative, sigma_gradient, sigma_hessian
 from specpert.hessian import SigmaHessian
 from specpert.ito import ItoCoefficients, sigma_ito, spectral_ito
@@ -38,6 +39,7 @@ __all__ = [
     "ZeroSingularValueError",
     "isolating_cluster",
     "kato_temple",
+    "leading_cluster",
     "one_sided_derivatives",
     "sigma_derivative",
     "sigma_gradient",

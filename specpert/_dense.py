@@ -32,7 +32,7 @@ from specpert._arrays import (
 from specpert._checks import check_indices
 from specpert._isolation import isolation
 from specpert._resolvent import HostResolvent, SmallSideResolvent
-from specpert._solvers import CholeskySolver, EigenSolver, Gram, Solver
+from specpert._solvers import CholeskySolver, ClusterSolver, EigenSolver, Gram, Solver
 from specpert._top import Start, improved, isolated_top
 from specpert.result import (
     ConvergenceError,
@@ -143,16 +143,39 @@ def _by_gram(
     dtype = np.result_type(A.dtype, np.float64)
     gram = Gram(A if wide else adjoint(A, np))
     r = len(gram.B)
-    solve: Solver | None = None
+    solve: CholeskySolver | None = None
     if cluster or r < _CHOLESKY_FROM:
         gram = gram.at(dtype)
-        matrix, (w, X) = gram.B, np.linalg.eigh(gram.matrix())
+        w, X = np.linalg.eigh(gram.matrix())
         w, X = w[::-1], X[:, ::-1]
         u = X[:, :c]
     else:
         starts = _starts(v0, A.shape[1], gram, dtype, wide, rtol)
         w, u, solve = isolated_top(gram, starts, rtol)
-        gram, matrix = solve.gram, solve.gram.at(solve.K.dtype).B
+        gram = solve.gram
+    return of_gram(A.shape, gram, w, u, X[:, c:] if solve is None else solve, cluster, e, gap_tol, like, xp, real)
+
+
+def of_gram(
+    shape: tuple[int, ...],
+    gram: Gram,
+    w: np.ndarray,
+    u: np.ndarray,
+    rest: CholeskySolver | ClusterSolver | np.ndarray,
+    cluster: bool,
+    e: Array,
+    gap_tol: float | None,
+    like: Array,
+    xp: Namespace,
+    real: Any,
+) -> SingularTriplet:
+    """The triplet, or cluster, of the top vectors u (r, c) of K, in float64 at least, for results as precise as `real`.
+
+    The values w, descending, go one beyond the vectors or on to the last. `rest` solves the equation of the smaller
+    side; or it is the other eigenvectors (r, r - c), and w all values. Raises numpy.linalg.LinAlgError where K cannot
+    tell the cluster from the rest.
+    """
+    wide, (r, c), dtype = shape[0] <= shape[1], u.shape, u.dtype
     v = gram.apply_adjoint(u)
     s = np.sqrt(np.maximum(w, 0.0))
     s[:c] = np.linalg.norm(v, axis=0)
@@ -161,31 +184,34 @@ def _by_gram(
     v /= s[:c]
     index = tuple(range(c)) if cluster else 0
     # the error of the decomposition, and that with which a matrix of results this precise was rounded to itself
-    error = 10 * max(max(A.shape) * float(np.finfo(dtype).eps), float(xp.finfo(real).eps))
+    error = 10 * max(max(shape) * float(np.finfo(dtype).eps), float(xp.finfo(real).eps))
     tol = error if gap_tol is None else gap_tol
-    rectangular, indices = A.shape[0] != A.shape[1], tuple(range(c))
+    rectangular, indices = shape[0] != shape[1], tuple(range(c))
     try:
         gap, status = isolation(s, indices, rectangular, cluster, tol, np)
     except DegenerateSingularValueError:
         if len(s) == r:
             raise
-        s = np.linalg.svd(gram.at(dtype).B, compute_uv=False)  # the whole cluster, of which two values are known here
+        s = np.linalg.svd(gram.at(dtype).B, compute_uv=False)  # the whole cluster, of which not all is known here
         gap, status = isolation(s, indices, rectangular, cluster, tol, np)
-    margin = np.asarray(10 * max(A.shape) * float(np.finfo(dtype).eps) * s[0])
-    if solve is None:
+    margin = np.asarray(10 * max(shape) * float(np.finfo(dtype).eps) * s[0])
+    if isinstance(rest, np.ndarray):
         # the subspace is less accurate than that of an SVD by s_0 / (s_(c-1) + s_c)
         if cluster and s[c - 1] < 0.1 * s[0]:
             raise np.linalg.LinAlgError("the cluster is too far below the largest value")
         if w[c - 1] - w[c] <= 100 * r * float(np.finfo(dtype).eps) * w[0]:
             raise np.linalg.LinAlgError("the gap is within rounding")
-        solve = EigenSolver(w[c:], X[:, c:], s[:c])
+        solve: Solver = EigenSolver(w[c:], rest, s[:c])
+        matrix = gram.B
+    else:
+        solve, matrix = rest, gram.at(rest.dtype).B
     resolvent = SmallSideResolvent(
         solve, (gram.apply, gram.apply_adjoint), u, v, s[:c], mirrored=not wide, matrix=matrix
     )
     s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, margin))
     wrapped = resolvent if is_numpy(like) else HostResolvent(resolvent, like, xp)
     return SingularTriplet(
-        index, A.shape, status, xp, e, s0, P0, Q0, gap, margin, lambda: wrapped, real, _cluster=cluster
+        index, shape, status, xp, e, s0, P0, Q0, gap, margin, lambda: wrapped, real, _cluster=cluster
     )
 
 

@@ -62,21 +62,22 @@ class Gram:
 
 
 class CholeskySolver:
-    """On the complement of a: M = theta (I + a a^*) - K = L L^*.
+    """On the complement of a (r, c): M = theta (I + a a^*) - K = L L^*.
 
     Where K is less precise than the products `gram`, solutions are refined by these.
 
-    Raises numpy.linalg.LinAlgError unless M is positive definite; K then has at most one eigenvalue above theta.
+    Raises numpy.linalg.LinAlgError unless M is positive definite; K then has at most c eigenvalues above theta.
     """
 
-    def __init__(self, K: np.ndarray, a: np.ndarray, theta: float, gram: Gram) -> None:
+    def __init__(self, K: np.ndarray, a: np.ndarray, theta: float, gram: Gram, rtol: float = 0.0) -> None:
         from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
-        self.K, self.a, self.theta, self.gram = K, a, theta, gram
+        self.K, self.a, self.theta, self.gram, self.dtype = K, a, theta, gram, K.dtype
+        self.rtol = rtol  # accuracy asked of what the factor alone can do
         factorise, self._solve = get_lapack_funcs(("potrf", "potrs"), (K,))
         self._halve, self._substitute = get_blas_funcs(("trsm", "trsv"), (K,))
         low = a.astype(K.dtype)
-        M = np.multiply(low, (theta * low.conj().T).astype(K.dtype))
+        M = low @ (theta * low.conj().T).astype(K.dtype)
         M -= K
         M.flat[:: len(M) + 1] += theta
         # the Hermitian matrix column by column, as LAPACK wants it, without a transposed copy
@@ -136,19 +137,55 @@ class CholeskySolver:
         half = self._halve(1.0, self.L, b.astype(self.L.dtype, copy=False), lower=True, overwrite_b=True)
         return np.asarray(np.einsum("ij,ij->j", half, half.conj()).real)
 
-    def count(self, lower: float) -> int:
-        """How many eigenvalues of K are above `lower`, by Sylvester's law of inertia: K - lower I = L D L^*."""
-        from scipy.linalg import get_lapack_funcs
 
-        # in single precision the values have errors of eps theta
-        K = self.K if self.precise or lower > 1e-2 * self.theta else self.gram.at(self.a.dtype).matrix()
-        name = "hetrf" if np.iscomplexobj(K) else "sytrf"
-        (factorise,) = get_lapack_funcs((name,), (K,))
-        shifted = K - lower * np.eye(len(K), dtype=K.dtype)
-        factors, pivots, _ = factorise(shifted, lower=True, overwrite_a=True)
-        single = pivots > 0
-        # D has blocks of order two where no entry of the diagonal would do as a pivot: one value of each sign
-        return int(np.sum(np.diagonal(factors).real[single] > 0)) + int(np.sum(~single)) // 2
+class ClusterSolver:
+    """On the complement of a cluster X, column j with its own value w_j: conjugate gradients after a factor.
+
+    The factor is that of a shift between them, which only the values of K just below the cluster can tell from their
+    own: few rounds do. In the precision of K, to the accuracy asked of the factor.
+    """
+
+    def __init__(self, inner: CholeskySolver, w: np.ndarray) -> None:
+        self.inner, self.w, self.dtype = inner, w, inner.dtype
+
+    def __call__(self, b: np.ndarray) -> np.ndarray:
+        """As of the protocol, of columns b (..., r, c)."""
+        size = np.linalg.norm(b, axis=-2, keepdims=True)
+        size[size == 0] = 1.0
+        residual = self._outside(b / size)
+        if np.finfo(residual.dtype).eps < np.finfo(self.dtype).eps:
+            residual = residual.astype(np.complex64 if np.iscomplexobj(residual) else np.float32)
+        x, z = np.zeros_like(residual), self._outside(self.inner.rough(residual))
+        direction, slope = z, _inner(residual, z)
+        asked = 0.0 if self.inner.precise else self.inner.rtol / 10
+        found, floor = np.zeros_like(slope), max(4 * float(np.finfo(self.dtype).eps), asked)
+        for _ in range(500):
+            image = self._outside(self.w.astype(x.real.dtype) * direction - self.inner.K @ direction)
+            curvature = _inner(direction, image)
+            length = np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
+            x, residual = x + length * direction, residual - length * image
+            z = self._outside(self.inner.rough(residual))
+            found, before, slope = found + length * slope, slope, _inner(residual, z)
+            left = slope > floor * floor * found  # squares of the error, at most, and of x, in the energy norm
+            if not left.any():
+                return np.multiply(x, size, dtype=b.dtype)
+            direction = left * (z + np.divide(slope, before, out=np.zeros_like(slope), where=left) * direction)
+        raise ConvergenceError("expected conjugate gradients to solve for a cluster, got none after 500 rounds")
+
+    rough = __call__
+
+    def form(self, b: np.ndarray) -> np.ndarray:
+        """As of the protocol."""
+        return np.asarray(_inner(b, self(b))[..., 0, :])
+
+    def _outside(self, x: np.ndarray) -> np.ndarray:
+        X = self.inner.a.astype(x.dtype, copy=False)
+        return np.asarray(x - X @ (X.conj().T @ x))
+
+
+def _inner(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Re(x^* y) of each column, (..., 1, c)."""
+    return np.asarray(np.einsum("...ij,...ij->...j", x.conj(), y).real[..., None, :])
 
 
 class EigenSolver:
@@ -157,10 +194,6 @@ class EigenSolver:
     def __init__(self, w: np.ndarray, X: np.ndarray, sigma: np.ndarray) -> None:
         self.values = np.append(sigma * sigma, w)
         self.X, self.weights = X, 1 / (sigma * sigma - w[:, None])
-
-    def count(self, lower: float) -> int:
-        """As of the protocol."""
-        return int(np.sum(self.values > lower))
 
     def __call__(self, b: np.ndarray) -> np.ndarray:
         return np.asarray(self.X @ (self.weights * (self.X.conj().T @ b)))

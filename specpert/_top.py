@@ -77,7 +77,7 @@ def _polished(
     """As `isolated_top`, from a vector that must be near; raises numpy.linalg.LinAlgError where it is not."""
     rounding = float(np.finfo(a.dtype).eps)
     theta, residual = _rayleigh(product, a)
-    solver = CholeskySolver(K, a, theta, gram)
+    solver = CholeskySolver(K, a, theta, gram, rtol)
     u, size = a, float(np.linalg.norm(residual))
     for _ in range(8):
         if size <= 4 * rounding * theta:
@@ -93,13 +93,13 @@ def _polished(
     if size > len(K) * rounding * theta:
         raise np.linalg.LinAlgError("the start is too far from the top vector")
     drift = float(np.linalg.norm(u - a @ (a.conj().T @ u)))
-    second, error = _next_value(product, u, solver, rtol)
+    second, error = next_value(product, u, solver, rtol)
     if theta - second <= 10 * error:  # so close that the estimate would decide whether it is a tie
         raise np.linalg.LinAlgError("the next value is not known well enough")
     if not solver.precise and rtol * (theta - second) < _SINGLE_ERROR * float(np.finfo(K.dtype).eps) * theta:
         raise _TooCloseError
     if theta * drift**2 > _drift_allowed(K.dtype, rtol) * (theta - second):  # the shift was not yet that of the vector
-        solver = CholeskySolver(K, u, theta, gram)
+        solver = CholeskySolver(K, u, theta, gram, rtol)
     solver.a, solver.theta = u, theta
     return np.array([theta, second]), u, solver
 
@@ -138,8 +138,8 @@ def _lanczos_top(K: np.ndarray) -> np.ndarray:
     return largest(K.__matmul__, start, max(1e-10, 8 * float(np.finfo(K.dtype).eps)))
 
 
-def _next_value(product: Product, u: np.ndarray, solver: CholeskySolver, rtol: float) -> tuple[float, float]:
-    """Upper estimate of the largest eigenvalue of K on the complement of u, and the residual of its vector.
+def next_value(product: Product, u: np.ndarray, solver: CholeskySolver, rtol: float) -> tuple[float, float]:
+    """Upper estimate of the largest eigenvalue of K on the complement of u (r, c), and the residual of its vector.
 
     By Lanczos on the inverse, less the 1 / theta that it has for a value zero: K / (theta (theta I - K)). What a random
     start can have hidden by its small share in a vector, about 1 / sqrt(r), is added.
@@ -151,7 +151,7 @@ def _next_value(product: Product, u: np.ndarray, solver: CholeskySolver, rtol: f
     theta, hidden = solver.theta, 2 * len(u) ** 0.5
     rounding = 16 * float(np.finfo(solver.L.dtype).eps)
     tol = max(1e-8, rtol / (8 * hidden), rounding)
-    start = outside(np.random.default_rng(1).standard_normal(u.shape).astype(u.dtype))
+    start = outside(np.random.default_rng(1).standard_normal((len(u), 1)).astype(u.dtype))
     x = largest(lambda x: outside(solver.rough(x) - x / theta), start, tol, rounding / theta)
     # once more takes off what is far below, which the inverse hardly sees, and the rounding of its factor
     better = outside(solver(x, rounds=1) - x / theta)

@@ -30,7 +30,7 @@ from specpert._arrays import (
     to_precision,
 )
 from specpert._resolvent import HostResolvent, Resolvent, SmallSideResolvent, from_thin_svd
-from specpert._solvers import CholeskySolver, EigenSolver, Gram
+from specpert._solvers import Gram
 from specpert._top import followed
 from specpert.result import (
     ConvergenceError,
@@ -158,46 +158,6 @@ class SingularTriplet:
     def _relative_gap(self) -> float:
         """That of one value of one matrix, relative to it."""
         return float(self._gap[..., 0]) / float(self._values[..., 0])
-
-    def count_above(self, lower: float) -> int:
-        """Number of singular values of A above `lower`; one that is within rounding of it counts or does not.
-
-        Rounding is that of single precision for a triplet made with an `rtol` that allows it.
-
-        From the decomposition there is, or by Sylvester's law of inertia from the Gram matrix. Raises TypeError for a
-        stack of matrices and for a triplet that knows only products with A, ValueError for NaN.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> from specpert import singular_triplet
-        >>> singular_triplet(np.diag([3.0, 2.0, 1.0])).count_above(1.5)
-        2
-        """
-        if self._e.ndim:
-            raise TypeError(f"expected a triplet of one matrix, got one of a stack {self.shape[:-2]}")
-        lower = float(lower)
-        if lower != 0.0 and math.isfinite(lower) and math.frexp(lower)[1] - float(self._e) > 1000:
-            lower = math.copysign(math.inf, lower)
-        lower = math.ldexp(lower, -int(self._e))
-        if math.isnan(lower):
-            raise ValueError("expected a number as lower, got NaN")
-        if self._svd is not None:
-            return int(self._xp.sum(self._xp.astype(self._svd[1] > lower, self._xp.int32)))
-        if lower < 0:
-            return min(self.shape)
-        small = self._small_side
-        assert small is not None
-        solve = small.solve
-        if not isinstance(solve, CholeskySolver | EigenSolver):
-            raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
-        if lower >= float(small.sigma[0]):
-            return 0
-        if lower < 1e-3 * float(small.sigma[0]):  # squared it would lose digits
-            B: Any = solve.gram.B if isinstance(solve, CholeskySolver) else small.matrix
-            s = np.linalg.svd(B.astype(small.u.dtype, copy=False), compute_uv=False)
-            return int(np.sum(s > lower))
-        return solve.count(lower * lower)
 
     def follow(self, A: Any) -> Array:
         """The largest singular value of a matrix nearby, for a triplet of one dense matrix with k = 0.

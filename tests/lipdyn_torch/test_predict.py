@@ -109,12 +109,37 @@ def test_clusters_are_nearer_than_the_series(mlp_case):
         spectrum = read_spectrum(W)
         h = float(torch.linalg.matrix_norm(D, 2))
         truth = float(torch.linalg.matrix_norm(W + D, 2))
-        values = cluster_values(spectrum, D[None], 4 * h, 16)
+        values = cluster_values(spectrum, D[None], h)
         if values is not None and 2 * h > spectrum.gap:
             cluster.append(values[1] - truth)
             series.append(sum(taylor(spectrum, D)[:3]) - truth)
     assert len(cluster) > 10
     assert np.sqrt(np.mean(np.square(cluster))) < 0.3 * np.sqrt(np.mean(np.square(series)))
+
+
+@pytest.mark.parametrize("split", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_cluster_does_not_end_between_close_values(split, groups):
+    """Two values on either side of four times the step: a cut between them would divide by their distance."""
+    rng, h = np.random.default_rng(0), 0.05
+    s = [2.0, 1.99, 1.97, 1.9, 1.82, 1.8 + split * h / 2, 1.8 - split * h / 2, 1.7, *np.linspace(1.6, 0.1, 12)]
+    U, V = (torch.linalg.qr(torch.tensor(rng.standard_normal((n, 20))))[0] for n in (20, 30))
+    W, D = (U * torch.tensor(s)) @ V.T, torch.tensor(rng.standard_normal((20, 30)))
+    D *= h / torch.linalg.matrix_norm(D, 2)
+    truth = float(torch.linalg.matrix_norm(W + D, 2))
+    spectrum = read_spectrum(torch.stack([W, 0.5 * W])[:groups])
+    found = [abs(value - truth) for value in cluster_values(spectrum, torch.stack([D, D])[:groups], h)]
+    assert found[0] < 0.02 * h
+    assert found[1] < 1e-3 * h
+    assert found[2] < 1e-4 * h
+
+
+def test_a_cluster_that_cannot_be_cut_is_none():
+    """Twenty values side by side within six steps of the largest: whatever the end, the gap there is small."""
+    W = torch.diag(torch.cat([torch.linspace(2.0, 1.9, 20, dtype=torch.float64), torch.tensor([1.0]).double()]))
+    D = torch.eye(21, dtype=torch.float64).flip(0)
+    assert cluster_values(read_spectrum(W), 0.05 * D[None], 0.05) is None
+    assert cluster_values(read_spectrum(W), 3.0 * D[None], 3.0) is None
 
 
 def reference_run(case, kind, steps=8, optimizer=None):

@@ -1,0 +1,230 @@
+"""The values at the top of the spectrum as one cluster, from the decomposition that a triplet has.
+
+Legend: K = B B^* (r, r) the Gram matrix of the smaller side; w eigenvalues, descending; X (r, c) vectors; theta the
+largest value, u its vector; s singular values.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from specpert._arrays import Array, Namespace, adjoint, as_arrays, check_matrix, eps, from_host
+from specpert._dense import by_dense, of_gram
+from specpert._isolation import isolation
+from specpert._resolvent import SmallSideResolvent
+from specpert._solvers import CholeskySolver, ClusterSolver, EigenSolver, Gram, Product
+from specpert._top import next_value
+from specpert.result import ConvergenceError
+from specpert.triplet import SingularTriplet, assemble
+
+
+def leading_cluster(A: Any, upper: float, lower: float, most: int = 16) -> SingularTriplet | None:
+    """The largest singular values as one cluster that ends between `upper` and `lower`, where the gap is widest.
+
+    Its series (``sigma_series(cluster, H, order)``, theory 1.8) is of use for steps that single values are too close
+    together for. Of a large matrix it costs one more Cholesky factorisation beside the triplet's own, and some solves.
+
+    Parameters
+    ----------
+    A : array, shape (m, n), or SingularTriplet
+        A matrix, or the triplet k = 0 of a dense one.
+    upper, lower : float
+        Values above `upper` belong to the cluster, values below `lower` do not; to the accuracy of the triplet.
+    most : int
+        As many values a cluster may have.
+
+    Returns
+    -------
+    SingularTriplet or None
+        With k = (0, 1, ...), to the accuracy the triplet was made for; None where more than `most` values are above
+        `upper`, or none.
+
+    Raises
+    ------
+    DegenerateSingularValueError, ZeroSingularValueError
+        The cluster is tied with the next value, or reaches zero.
+    NonFiniteError, TypeError, ValueError
+        An argument is not as described.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from specpert import leading_cluster, sigma_series
+    >>> cluster = leading_cluster(np.diag([2.1, 2.0, 1.8, 1.0]), upper=1.9, lower=1.5)
+    >>> cluster.k
+    (0, 1, 2)
+    >>> print(sigma_series(cluster, np.eye(4), 1).values(0.5))
+    [2.6 2.5 2.3]
+    """
+    for name, bound in (("upper", upper), ("lower", lower)):
+        if not isinstance(bound, numbers.Real) or not 0 <= bound < math.inf:
+            raise ValueError(f"expected {name} to be a finite number >= 0, got {bound!r}")
+    if lower > upper:
+        raise ValueError(f"expected lower <= upper, got {lower} > {upper}")
+    if not isinstance(most, numbers.Integral) or isinstance(most, bool) or most < 1:
+        raise ValueError(f"expected most to be a positive integer, got {most!r}")
+    upper, lower, most = float(upper), float(lower), int(most)
+    if not isinstance(A, SingularTriplet):
+        xp, (A,) = as_arrays(A, names=["A"])
+        check_matrix(A, "A", xp)
+        if A.ndim > 2:
+            raise ValueError(f"expected one matrix (m, n), got a stack of shape {tuple(A.shape)}")
+        return _of_matrix(A, upper, lower, most, None, xp)
+    triplet = A
+    if triplet.k != 0 or triplet._e.ndim:
+        raise ValueError(f"expected the triplet k = 0 of one matrix, got k = {triplet.k} of {triplet.shape}")
+    upper, lower = (_scaled(bound, -float(triplet._e)) for bound in (upper, lower))
+    if triplet._svd is not None:
+        return _of_svd(triplet, upper, lower, most)
+    small = triplet._small_side
+    if small is None or small.matrix is None:
+        raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
+    if upper >= float(small.sigma[0]):
+        return None
+    try:
+        return _of_gram(triplet, small, upper, lower, most)
+    except (np.linalg.LinAlgError, ConvergenceError):  # Gram matrix or factor do not tell the values apart
+        xp, B = triplet._xp, small.solve.gram.B if isinstance(small.solve, CholeskySolver) else small.matrix
+        whole = from_host(adjoint(B, np) if small.mirrored else B, triplet._P0, xp)
+        cluster = _of_matrix(whole, upper, lower, most, triplet._dtype, xp)
+        return cluster and replace(cluster, _e=cluster._e + triplet._e)
+
+
+def _scaled(x: float, e: float) -> float:
+    """X 2^e, infinite where that is out of range."""
+    return math.inf if x and math.frexp(x)[1] + e > 1000 else math.ldexp(x, int(e))
+
+
+def _cut(s: np.ndarray, upper: float, lower: float, most: int) -> int | None:
+    """How many of the values s, descending and known beyond `lower` or `most`, make the cluster."""
+    least = int(np.sum(s > upper))
+    if not 0 < least <= most:
+        return None
+    gaps = s - np.append(s[1:], 0.0)
+    ends = gaps[least - 1 : max(least, min(most, int(np.sum(s >= lower))))]
+    return least + int(np.argmax(ends))
+
+
+def _of_matrix(A: Array, upper: float, lower: float, most: int, dtype: Any, xp: Namespace) -> SingularTriplet | None:
+    """From a decomposition of its own."""
+    values = np.asarray([float(x) for x in xp.linalg.svdvals(A)])
+    c = _cut(values, upper, lower, most)
+    return None if c is None else by_dense(A, range(c), None, True, "auto", xp, dtype=dtype)
+
+
+def _of_svd(triplet: SingularTriplet, upper: float, lower: float, most: int) -> SingularTriplet | None:
+    assert triplet._svd is not None
+    (m, n), xp, s = triplet.shape, triplet._xp, triplet._svd[1]
+    c = _cut(np.asarray([float(x) for x in s]), upper, lower, most)
+    if c is None:
+        return None
+    gap, status = isolation(s, tuple(range(c)), m != n, True, 10 * max(m, n) * eps(s, xp), xp)
+    return assemble(replace(triplet, status=status, _cluster=True), triplet._svd, tuple(range(c)), gap)
+
+
+def _of_gram(
+    triplet: SingularTriplet, small: SmallSideResolvent, upper: float, lower: float, most: int
+) -> SingularTriplet | None:
+    """Raises numpy.linalg.LinAlgError or ConvergenceError where that is not accurate."""
+    solve = small.solve
+    if isinstance(solve, CholeskySolver):
+        gram, known = solve.gram, _leading(solve, upper * upper, lower * lower, most)
+    else:
+        assert isinstance(solve, EigenSolver)
+        assert small.matrix is not None
+        gram, known = Gram(small.matrix), (solve.values, np.hstack([small.u, solve.X]))
+    if known is None:
+        return None
+    w, X = known
+    c = _cut(np.sqrt(np.maximum(w, 0.0)), upper, lower, most)
+    if c is None:
+        return None
+    if c == len(w):
+        raise np.linalg.LinAlgError("nothing is outside of the cluster")
+    rest: ClusterSolver | np.ndarray = X[:, c:]
+    X = X[:, :c]
+    if isinstance(solve, CholeskySolver):
+        w, X, rest = _refined(solve, w[: c + 1], X)
+    xp = triplet._xp
+    return of_gram(triplet.shape, gram, w, X, rest, True, triplet._e, None, triplet._P0, xp, triplet._dtype)
+
+
+def _leading(solver: CholeskySolver, upper: float, lower: float, most: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Values (j,) and vectors (r, j) of K, roughly: all above `lower`, or the first most + 1 of them, and the next one.
+
+    None where more than `most` are above `upper`. By Lanczos on the inverse, whose largest values they are.
+    """
+    theta, dtype = solver.theta, solver.L.dtype
+    a = solver.a.astype(dtype)
+    high, low = 1 / (theta - upper), 1 / (theta - lower)
+    width = min(len(a) - 1, 8 * most + 32)
+    V, T = np.empty((width, len(a)), dtype), np.zeros((width, width))
+    rounding = 16 * float(np.finfo(dtype).eps)
+    y = np.random.default_rng(2).standard_normal((len(a), 1)).astype(dtype)
+    y = (y - a @ (a.conj().T @ y))[:, 0]
+    for j in range(width):
+        V[j] = y / np.linalg.norm(y)
+        basis = V[: j + 1]
+        y = solver.rough(V[j, :, None])
+        y = (y - a @ (a.conj().T @ y))[:, 0]
+        h = basis.conj() @ y
+        y = y - h @ basis
+        y -= (basis.conj() @ y) @ basis  # twice is enough
+        beta = math.sqrt(np.vdot(y, y).real)
+        T[j, j] = h[j].real
+        size = float(np.abs(T[: j + 1, : j + 1]).max())
+        exhausted = beta <= rounding * size
+        if exhausted or j % 4 == 3 or j + 1 == width:
+            values, S = np.linalg.eigh(T[: j + 1, : j + 1])
+            values, S = values[::-1], S[:, ::-1]
+            if 1 + int(np.sum(values > high)) > most:  # Ritz values are below those they stand for
+                return None
+            wanted = min(most, int(np.sum(values > low)))
+            left = beta * np.abs(S[-1]) / values
+            if exhausted or (wanted <= j and left[:wanted].max(initial=0.0) < 1e-5 and left[wanted] < 1e-2):
+                vectors = basis.T @ S[:, : wanted + 1].astype(dtype)
+                return np.append(theta, theta - 1 / values[: wanted + 1]), np.hstack([a, vectors]).astype(
+                    solver.a.dtype
+                )
+        if j + 1 < width:
+            T[j + 1, j] = T[j, j + 1] = beta
+    raise ConvergenceError("expected Lanczos to find the values at the top, got none")
+
+
+def _refined(solver: CholeskySolver, w: np.ndarray, X: np.ndarray) -> tuple[np.ndarray, np.ndarray, ClusterSolver]:
+    """Values (c + 1,), vectors (r, c) and solver of the cluster near X, by Newton's method.
+
+    The last of the values, an upper estimate, is the largest that is not of the cluster.
+    """
+    K, gram, rounding = solver.K, solver.gram, float(np.finfo(X.dtype).eps)
+    product: Product = K.__matmul__ if solver.precise else gram
+    X, w, outside = np.linalg.qr(X)[0], w[:-1], float(w[-1])
+    # about as far from all of the cluster's values
+    middle = outside + math.sqrt((w[0] - outside) * (w[-1] - outside))
+    cluster = ClusterSolver(CholeskySolver(K, X, middle, gram, solver.rtol), w)
+    enough, before = 8 * rounding * w[0], math.inf
+    if not solver.precise:  # its equations are solved to single precision only
+        enough = max(enough, 1e-6 * (w[-1] - outside))
+    for _ in range(8):
+        images = product(X)
+        w, S = np.linalg.eigh(X.conj().T @ images)
+        w, X = w[::-1], X @ S[:, ::-1]
+        residual = images @ S[:, ::-1] - X * w
+        size = float(np.linalg.norm(residual, axis=0).max())
+        cluster.inner.a, cluster.w = X, w
+        if size <= enough or size > before / 2:
+            break
+        before = size
+        X = np.linalg.qr(X + cluster(residual))[0]
+    if size > max(len(X) * rounding * w[0], enough):
+        raise np.linalg.LinAlgError("the vectors of the cluster are not known well enough")
+    inner = CholeskySolver(K, X, float(w[-1]), gram)  # proves that no other value is above the lowest
+    second, error = next_value(product, X, inner, 0.0)
+    if w[-1] - second <= 10 * error:
+        raise np.linalg.LinAlgError("the next value is not known well enough")
+    return np.append(w, second), X, cluster

@@ -1,0 +1,182 @@
+"""The largest values as one cluster, from the decomposition of a triplet, beside that of an SVD."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import with_spectrum
+
+from specpert import (
+    DegenerateSingularValueError,
+    NonFiniteError,
+    SingularTriplet,
+    Status,
+    ZeroSingularValueError,
+    leading_cluster,
+    sigma_series,
+    singular_triplet,
+)
+from specpert._solvers import ClusterSolver, EigenSolver
+
+
+def random(shape, complex_=False, seed=0):
+    rng = np.random.default_rng([seed, *shape])
+    A = rng.standard_normal(shape) + (1j * rng.standard_normal(shape) if complex_ else 0)
+    return A / math.sqrt(shape[1])
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(6, 9), (80, 70), (256, 300), (420, 256)], ids=str)
+@pytest.mark.parametrize("rtol", [0.0, 3e-5])
+@pytest.mark.parametrize("scale", [1.0, 1e-150])
+def test_it_is_the_cluster_of_the_svd(shape, complex_, rtol, scale):
+    A, H = scale * random(shape, complex_), scale * random(shape, complex_, seed=1)
+    s = np.linalg.svd(A, compute_uv=False)
+    triplet = singular_triplet(A, rtol=rtol)
+    for c in (1, 2, 5) if min(shape) < 16 else (1, 2, 5, 16):
+        between = (s[c - 1] + s[c]) / 2
+        cluster = leading_cluster(triplet, between, between)
+        assert cluster.k == tuple(range(c))
+        assert cluster.status is Status.CLUSTER
+        np.testing.assert_allclose(cluster.sigma, s[:c], rtol=1e-13)
+        exact = singular_triplet(A, k=list(cluster.k), method="svd")
+        for found, vectors in ((cluster.u, exact.u), (cluster.v, exact.v)):
+            overlap = np.linalg.svd(vectors.conj().T @ found, compute_uv=False)
+            np.testing.assert_allclose(overlap, 1.0, rtol=1e-11)
+        distance = s[c - 1] - s[c]
+        assert (1 - (1e-4 if rtol else 1e-5)) * distance <= cluster.gap <= (1 + 1e-9) * distance
+        series, truth = sigma_series(cluster, H, 4), sigma_series(A, H, 4, k=cluster.k)
+        exact_to = 1e-9 if rtol == 0 or min(shape) < 256 else 10 * rtol
+        for found, expected in zip(series.effective_matrices, truth.effective_matrices, strict=True):
+            assert math.isclose(np.linalg.norm(found), np.linalg.norm(expected), rel_tol=exact_to)
+        np.testing.assert_allclose(series.mean, truth.mean, rtol=0, atol=exact_to * np.abs(truth.mean).max())
+        solver = cluster._small_side and cluster._small_side.solve
+        assert isinstance(solver, ClusterSolver) == (min(shape) >= 256)
+
+
+@pytest.mark.parametrize("rtol", [0.0, 3e-5])
+@pytest.mark.parametrize("shape", [(12, 15), (100, 120), (256, 300)], ids=str)
+def test_it_ends_at_the_widest_gap(shape, rtol):
+    split = 1e-5 if rtol else 1e-7
+    s = np.append([2.0, 1.99, 1.97, 1.9, 1.82, 1.8 + split, 1.8 - split, 1.7], np.linspace(1.65, 0.1, min(shape) - 8))
+    triplet = singular_triplet(with_spectrum(np.random.default_rng(0), *shape, s), rtol=rtol)
+    assert leading_cluster(triplet, 1.8, 1.8).k == tuple(range(6))
+    assert leading_cluster(triplet, 1.8, 1.75).k == tuple(range(7))
+    assert leading_cluster(triplet, 1.85, 1.8).k == tuple(range(4))
+    assert leading_cluster(triplet, 1.85, 1.75).k == tuple(range(7))
+    assert leading_cluster(triplet, 1.85, 1.75, most=6).k == tuple(range(4))
+    assert leading_cluster(triplet, 1.995, 1.98).k == (0, 1)
+    assert leading_cluster(triplet, 1.85, 1.75, most=3) is None
+    assert leading_cluster(triplet, 2.1, 1.0) is None
+    assert leading_cluster(triplet, 1.0, 0.5, most=7) is None
+
+
+@pytest.mark.parametrize("rtol", [0.0, 3e-5])
+def test_ties_inside_and_at_the_end(rtol):
+    s = np.append([2.0, 1.99, 1.99, 1.99, 1.9, 1.9], np.linspace(1.5, 0.1, 250))
+    A, H = with_spectrum(np.random.default_rng(1), 256, 300, s), random((256, 300), seed=2)
+    triplet = singular_triplet(A, rtol=rtol)
+    for most in (16, 6):
+        cluster = leading_cluster(triplet, 1.95, 1.6, most=most)
+        assert cluster.k == tuple(range(6))
+        np.testing.assert_allclose(cluster.sigma, s[:6], rtol=1e-12)
+        found, truth = (sigma_series(x, H, 3, **k).mean for x, k in ((cluster, {}), (A, {"k": cluster.k})))
+        np.testing.assert_allclose(found, truth, rtol=1e-4 if rtol else 1e-10)
+    assert leading_cluster(triplet, 1.95, 1.9, most=5).k == tuple(range(4))
+
+
+def test_ends_within_rounding():
+    for A in (np.diag([2.0, 1.5, 1.5 - 4e-16, 1.0]), np.diag([2.0, 1.5, 1.5 - 4e-16, *np.linspace(1.0, 0.1, 300)])):
+        with pytest.raises(DegenerateSingularValueError, match=r"the cluster \(0, 1\) to be isolated"):
+            leading_cluster(A, 1.5 - 2e-16, 1.5 - 2e-16, most=2)
+    with pytest.raises(ZeroSingularValueError):
+        leading_cluster(np.diag([2.0, 1e-17]), 0.0, 0.0)
+    assert leading_cluster(np.zeros((3, 4)), 0.0, 0.0) is None
+
+
+def test_a_whole_spectrum():
+    """A square matrix has nothing outside; the zeros of a rectangular one are the next values."""
+    for shape in ((5, 5), (80, 80), (260, 260)):
+        A = with_spectrum(np.random.default_rng(0), *shape, np.linspace(2.0, 1.0, shape[0]))
+        cluster = leading_cluster(singular_triplet(A), 0.5, 0.5, most=300)
+        assert len(cluster.k) == shape[0]
+        assert math.isclose(cluster.gap, 2.0)
+    A = with_spectrum(np.random.default_rng(0), 5, 7, np.linspace(2.0, 1.0, 5))
+    assert math.isclose(leading_cluster(singular_triplet(A), 0.5, 0.0).gap, 1.0)
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-3])
+def test_a_graded_spectrum(rtol):
+    """Squared, small values would lose their digits: the SVD then decides."""
+    s = np.logspace(0, -9, 256)
+    A = with_spectrum(np.random.default_rng(0), 256, 256, s)
+    triplet = singular_triplet(A, rtol=rtol)
+    for c in (1, 3, 10, 60, 150):
+        cluster = leading_cluster(triplet, math.sqrt(s[c - 1] * s[c]), math.sqrt(s[c - 1] * s[c]), most=200)
+        assert len(cluster.k) == c
+        np.testing.assert_allclose(cluster.sigma, s[:c], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "float32"])
+def test_of_a_matrix(kind):
+    """Without a triplet, also where the largest value is tied."""
+    A = with_spectrum(np.random.default_rng(0), 90, 80, np.append([2.0, 2.0, 1.9], np.linspace(1.5, 0.1, 77)))
+    A = {"numpy": A, "torch": torch.as_tensor(A), "float32": A.astype(np.float32)}[kind]
+    cluster = leading_cluster(A, 1.95, 1.7)
+    assert cluster.k == (0, 1, 2)
+    assert type(cluster.sigma) is type(A)
+    assert cluster.sigma.dtype == A.dtype
+    np.testing.assert_allclose(np.asarray(cluster.sigma), [2.0, 2.0, 1.9], rtol=1e-6)
+    assert leading_cluster(A, 1.95, 1.7, most=1) is None
+
+
+def test_of_a_triplet_of_another_library():
+    A, H = (torch.as_tensor(random((256, 300), seed=seed)) for seed in (0, 1))
+    triplet = singular_triplet(A)
+    s = torch.linalg.svdvals(A)
+    cluster = leading_cluster(triplet, float(s[3]), float(s[3]))
+    assert isinstance(cluster.u, torch.Tensor)
+    torch.testing.assert_close(sigma_series(cluster, H, 2).mean, sigma_series(A, H, 2, k=(0, 1, 2)).mean)
+
+
+def test_a_missed_value_is_not_passed_over(monkeypatch):
+    """Where Lanczos has not seen a value, the factorisation finds it, and the whole spectrum decides."""
+    import specpert.cluster
+
+    A = random((256, 300))
+    s = np.linalg.svd(A, compute_uv=False)
+    triplet, between = singular_triplet(A), (s[4] + s[5]) / 2
+    leading = specpert.cluster._leading
+
+    def blind(*args):
+        w, X = leading(*args)
+        return np.delete(w, 2), np.delete(X, 2, axis=1)
+
+    monkeypatch.setattr(specpert.cluster, "_leading", blind)
+    cluster = leading_cluster(triplet, between, between)
+    assert cluster.k == tuple(range(5))
+    assert isinstance(cluster._small_side.solve, EigenSolver)
+    np.testing.assert_allclose(cluster.sigma, s[:5], rtol=1e-13)
+
+
+def test_what_is_refused():
+    A = random((6, 9))
+    triplet = singular_triplet(A)
+    for bounds in ((-1.0, -2.0), (math.nan, 0.0), (math.inf, 0.0), (1.0, 2.0), ("1", 0.0)):
+        with pytest.raises(ValueError, match="expected"):
+            leading_cluster(triplet, *bounds)
+    for most in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="most"):
+            leading_cluster(triplet, 1.0, 0.5, most=most)
+    with pytest.raises(ValueError, match="k = 0 of one matrix"):
+        leading_cluster(singular_triplet(A, k=1), 1.0, 0.5)
+    with pytest.raises(ValueError, match="k = 0 of one matrix"):
+        leading_cluster(singular_triplet(np.stack([A, A])), 1.0, 0.5)
+    with pytest.raises(ValueError, match="stack"):
+        leading_cluster(np.stack([A, A]), 1.0, 0.5)
+    with pytest.raises(TypeError, match="dense"):
+        leading_cluster(singular_triplet(random((60, 70)), method="lanczos"), 1.0, 0.5)
+    with pytest.raises(NonFiniteError):
+        leading_cluster(np.full((2, 3), np.nan), 1.0, 0.5)
+    assert isinstance(leading_cluster(triplet, 0.0, 0.0), SingularTriplet)
