@@ -22,6 +22,8 @@ from specpert._top import next_value
 from specpert.result import ConvergenceError
 from specpert.triplet import SingularTriplet, assemble
 
+_REFINE_FROM = 1024  # smaller side from which refined vectors cost less in double precision than all eigenvectors
+
 
 def leading_cluster(A: Any, upper: float, lower: float, most: int = 16) -> SingularTriplet | None:
     """The largest singular values as one cluster that ends between `upper` and `lower`, where the gap is widest.
@@ -132,10 +134,15 @@ def _of_gram(
 ) -> SingularTriplet | None:
     """Raises numpy.linalg.LinAlgError or ConvergenceError where that is not accurate."""
     solve = small.solve
-    if isinstance(solve, CholeskySolver):
-        gram, known = solve.gram, _leading(solve, upper * upper, lower * lower, most)
+    assert isinstance(solve, CholeskySolver | EigenSolver)
+    refine = isinstance(solve, CholeskySolver) and not (solve.precise and len(solve.K) < _REFINE_FROM)
+    factor = solve if refine else None
+    if factor is not None:
+        gram, known = factor.gram, _leading(factor, upper * upper, lower * lower, most)
+    elif isinstance(solve, CholeskySolver):
+        gram, (w, X) = solve.gram, np.linalg.eigh(solve.K)
+        known = w[::-1], X[:, ::-1]
     else:
-        assert isinstance(solve, EigenSolver)
         assert small.matrix is not None
         gram, known = Gram(small.matrix), (solve.values, np.hstack([small.u, solve.X]))
     if known is None:
@@ -148,8 +155,8 @@ def _of_gram(
         raise np.linalg.LinAlgError("nothing is outside of the cluster")
     rest: ClusterSolver | np.ndarray = X[:, c:]
     X = X[:, :c]
-    if isinstance(solve, CholeskySolver):
-        w, X, rest = _refined(solve, w[: c + 1], X)
+    if factor is not None:
+        w, X, rest = _refined(factor, w[: c + 1], X)
     xp = triplet._xp
     return of_gram(triplet.shape, gram, w, X, rest, True, triplet._e, None, triplet._P0, xp, triplet._dtype)
 
