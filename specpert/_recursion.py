@@ -6,6 +6,11 @@ different simple values are not, and E_n is then diagonal. One simple value is a
 
 Legend: A_j (..., m, n) coefficients of the family; P_n (..., m, c), Q_n (..., n, c) vector series; E_n (..., c, c)
 effective matrices; lam_n (..., c) their diagonals; <w, w'> = (P^* P' + Q^* Q') / 2; <i, j>_l = <w_i, T_l w_j>.
+
+The resolvent divides what lies along (u, -v) by 2 sigma, and digits are lost where sigma is small. But the blocks keep
+P^* P = Q^* Q: from A Q = P E and A^* P = Q E follows E^* X + X E = 0 for their difference X, hence X = 0 as E has
+positive eigenvalues. So the Hermitian part of that component, all of it for one value of a real matrix, is known from
+the lower orders without a division (`balanced`).
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from specpert._arrays import Array, Namespace, adjoint, is_numpy, real, widened
+from specpert._arrays import Array, Namespace, adjoint, eye, is_numpy, real, widened
 from specpert._operators import Operator
 from specpert._resolvent import Resolvent
 
@@ -55,25 +60,58 @@ class Vectors:
         return f, g
 
 
+def block_product(x: Array, y: Array, cluster: bool, xp: Namespace) -> Array:
+    """x^* y of columns (..., c): the matrix (..., c, c) of a cluster, else its diagonal as a row (..., 1, c)."""
+    return adjoint(x, xp) @ y if cluster else xp.vecdot(x, y, axis=-2)[..., None, :]
+
+
+def spread(x: Array, a: Array, cluster: bool) -> Array:
+    """x a for columns x (..., c) and what `block_product` makes."""
+    return x @ a if cluster else x * a
+
+
+def balanced(
+    P_n: Array, Q_n: Array, difference: Array | float, P0: Array, Q0: Array, cluster: bool, xp: Namespace
+) -> tuple[Array, Array]:
+    """The vectors of one order with the component along (u, -v) that keeps P^* P = Q^* Q.
+
+    `difference` is the part of that order of P^* P - Q^* Q which the lower orders make.
+    """
+    along = (block_product(P0, P_n, cluster, xp) - block_product(Q0, Q_n, cluster, xp)) / 2
+    excess = xp.astype(hermitian(along, cluster, xp) + difference / 4, P_n.dtype, copy=False)
+    return P_n - spread(P0, excess, cluster), Q_n + spread(Q0, excess, cluster)
+
+
+def hermitian(a: Array, cluster: bool, xp: Namespace) -> Array:
+    """The Hermitian part of what `block_product` makes."""
+    return (a + adjoint(a, xp)) / 2 if cluster else real(a, xp)
+
+
 def extend(
-    vectors: Vectors, resolvent: Resolvent, E0: Array, coupled: Array, order: int, xp: Namespace, last: bool = True
+    vectors: Vectors, resolvent: Resolvent, E0: Array, cluster: bool, order: int, xp: Namespace, last: bool = True
 ) -> list[Array]:
     """Vectors of orders 1..order, appended to `vectors`; effective matrices of orders 0..order (theory 1.4, 1.8).
 
-    Without `last` the vectors of the last order, which no effective matrix needs, are left out.
+    The columns are those of one `cluster`, or of values that are not coupled. Without `last` the vectors of the last
+    order, which no effective matrix needs, are left out.
     """
     E = [E0]
     P, Q = vectors.P, vectors.Q
-    P0a, Q0a = adjoint(P[0], xp), adjoint(Q[0], xp)
+    identity = eye(P[0].shape[-1], P[0], xp)
     for n in range(1, order + 1):
         f, g = vectors.right_hand_side(n)
-        E.append(coupled * ((P0a @ f + Q0a @ g) / 2))
+        E_n = (block_product(P[0], f, cluster, xp) + block_product(Q[0], g, cluster, xp)) / 2
+        E.append(E_n if cluster else E_n * identity)
         if n == order and not last:
             break
         for j in range(1, n):
             f = f - P[j] @ E[n - j]
             g = g - Q[j] @ E[n - j]
-        P_n, Q_n = resolvent(f, g)
+        difference: Array | float = 0.0
+        for i in range(1, n // 2 + 1):  # the other half are the adjoints
+            pair = block_product(P[i], P[n - i], cluster, xp) - block_product(Q[i], Q[n - i], cluster, xp)
+            difference = difference + (1 if 2 * i == n else 2) * hermitian(pair, cluster, xp)
+        P_n, Q_n = balanced(*resolvent(f, g), difference, P[0], Q[0], cluster, xp)
         P.append(P_n)
         Q.append(Q_n)
     return E

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 from specpert._arrays import Array, Namespace, adjoint, eye, is_complex, real
-from specpert._recursion import Coefficient
+from specpert._recursion import Coefficient, balanced, block_product, hermitian
 from specpert._resolvent import Resolvent
 
 
@@ -46,7 +46,7 @@ def mixed_derivative(
             for B in _proper_parts(S):
                 P, Q = w[S & ~B]
                 f, g = f - lam[B][..., None, :] * P, g - lam[B][..., None, :] * Q
-            w[S] = resolvent(f, g)
+            w[S] = balanced(*resolvent(f, g), _difference(w, S, False, xp), P0, Q0, False, xp)
     for size in range(N // 2 + 1, N + 1):
         b = (size - 1) // 2
         a = size - 1 - b
@@ -86,8 +86,17 @@ def mixed_cluster_mean(
             for B in _proper_parts(S):
                 P, Q = w[S & ~B]
                 f, g = f - P @ E[B], g - Q @ E[B]
-            w[S] = resolvent(f, g)
+            w[S] = balanced(*resolvent(f, g), _difference(w, S, True, xp), P0, Q0, True, xp)
     return xp.sum(real(xp.linalg.diagonal(E[(1 << N) - 1]), xp), axis=-1) / c
+
+
+def _difference(w: dict[int, tuple[Array, Array]], S: int, cluster: bool, xp: Namespace) -> Array | float:
+    """What the parts of S make of the mixed derivative of P^* P - Q^* Q."""
+    total: Array | float = 0.0
+    for B in _proper_parts(S):
+        (P, Q), (R, T) = w[B], w[S & ~B]
+        total = total + hermitian(block_product(P, R, cluster, xp) - block_product(Q, T, cluster, xp), cluster, xp)
+    return total
 
 
 def _members(S: int) -> list[int]:
@@ -124,7 +133,11 @@ def dense_tensor(order: int, resolvent: Resolvent, u: Array, v: Array, xp: Names
             P, Q = w[j - i]
             f = f - _symmetrised(_outer(lam[i], P, xp), [i, j - i], xp)
             g = g - _symmetrised(_outer(lam[i], Q, xp), [i, j - i], xp)
-        w.append(_solve(resolvent, f, g, xp))
+        difference: Array | float = 0.0
+        for i in range(1, j):
+            overlap = _gram(w[i], w[j - i], xp, sign=-1.0) * 2
+            difference = difference + _symmetrised(overlap, [i, j - i], xp)
+        w.append(_solve(resolvent, f, g, difference, u, v, xp))
     for size in range(order // 2 + 1, order + 1):
         b = (size - 1) // 2
         a = size - 1 - b
@@ -186,17 +199,22 @@ def _flat(x: Array, xp: Namespace) -> Array:
     return xp.reshape(x, (-1, x.shape[-1]))
 
 
-def _solve(resolvent: Resolvent, f: Array, g: Array, xp: Namespace) -> tuple[Array, Array]:
+def _solve(
+    resolvent: Resolvent, f: Array, g: Array, difference: Array | float, u: Array, v: Array, xp: Namespace
+) -> tuple[Array, Array]:
     x, y = resolvent(xp.matrix_transpose(_flat(f, xp)), xp.matrix_transpose(_flat(g, xp)))
+    if not isinstance(difference, float):
+        difference = xp.reshape(difference, (1, -1))
+    x, y = balanced(x, y, difference, u[:, None], v[:, None], False, xp)
     return xp.reshape(xp.matrix_transpose(x), f.shape), xp.reshape(xp.matrix_transpose(y), g.shape)
 
 
-def _gram(w: tuple[Array, Array], z: tuple[Array, Array], xp: Namespace) -> Array:
-    """<w_I, z_J> for all I and J: one matrix product each side."""
+def _gram(w: tuple[Array, Array], z: tuple[Array, Array], xp: Namespace, sign: float = 1.0) -> Array:
+    """<w_I, z_J> for all I and J: one matrix product each side; the right vectors' part with the sign."""
     total = 0
-    for x, y in zip(w, z, strict=True):
+    for x, y, factor in zip(w, z, (1.0, sign), strict=True):
         xf, yf = _flat(x, xp), _flat(y, xp)
-        total = total + real((xp.conj(xf) if is_complex(xf, xp) else xf) @ xp.matrix_transpose(yf), xp)
+        total = total + factor * real((xp.conj(xf) if is_complex(xf, xp) else xf) @ xp.matrix_transpose(yf), xp)
     return xp.reshape(total / 2, (*w[0].shape[:-1], *z[0].shape[:-1]))
 
 

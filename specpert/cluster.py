@@ -135,8 +135,9 @@ def _of_gram(
     """Raises numpy.linalg.LinAlgError or ConvergenceError where that is not accurate."""
     solve = small.solve
     assert isinstance(solve, CholeskySolver | EigenSolver)
-    refine = isinstance(solve, CholeskySolver) and not (solve.precise and len(solve.K) < _REFINE_FROM)
-    factor = solve if refine else None
+    factor = None
+    if isinstance(solve, CholeskySolver) and (not solve.precise or len(solve.K) >= _REFINE_FROM):
+        factor = solve
     if factor is not None:
         gram, known = factor.gram, _leading(factor, upper * upper, lower * lower, most)
     elif isinstance(solve, CholeskySolver):

@@ -37,6 +37,7 @@ from specpert._arrays import (
 )
 from specpert._checks import check_shape
 from specpert._operators import is_operator
+from specpert._recursion import balanced
 from specpert._resolvent import HostResolvent, SmallSideResolvent
 from specpert.prepare import prepare
 from specpert.result import NonFiniteError
@@ -164,7 +165,7 @@ class SigmaHessian:
         p, q = self._projections(G)
         e = _vector_exponent(p, q, xp)
         p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
-        x, y = self._solve(p, q)
+        x, y = balanced(*self._solve(p, q), 0.0, u[..., None], v[..., None], False, xp)
         product = x @ adjoint(v[..., None], xp) + u[..., None] @ adjoint(y, xp)
         product = self.triplet._result(product)
         return finite(ldexp(product, (e - self.triplet._e)[..., None, None], xp), "Hessian product", xp)
@@ -285,6 +286,8 @@ class _Spectrum:
         # direct +- cross: the form is sum_i minus_i |a_i + b_i|^2 + plus_i |a_i - b_i|^2, accurate near a close pair
         self.minus = xp.where(at_k, xp.zeros_like(s), 1 / (2 * difference))
         self.plus = 1 / (2 * (sigma + s))
+        if not is_complex(self.U, xp):  # a_k = b_k = u^T G v: what would be divided by sigma is nothing but rounding
+            self.plus = xp.where(at_k, xp.zeros_like(s), self.plus)
         self.sigma = sigma[..., 0]
 
     def quadratic(self, p: Array, q: Array) -> Array:
@@ -326,9 +329,14 @@ class _Spectrum:
         """The diagonals of L and R, and C."""
         xp, U, V = self.xp, self.U, self.V
         direct, cross = (self.minus + self.plus)[..., None, :], (self.minus - self.plus)[..., None, :]
-        # 1 / sigma for what a thin SVD leaves out, and the rest for what it holds
         base = 1 / self.sigma[..., None, None]
-        L, R = (xp.sum(square(X, xp) * (direct - base), axis=-1) + base[..., 0] for X in (U, V))
+        L, R = (
+            # 1 / sigma for what a thin SVD leaves out, and the rest for what it holds
+            xp.sum(square(X, xp) * (direct - base), axis=-1) + base[..., 0]
+            if X.shape[-2] > X.shape[-1]
+            else xp.sum(square(X, xp) * direct, axis=-1)
+            for X in (U, V)
+        )
         return L, R, (U * cross) @ adjoint(V, xp)
 
 

@@ -318,7 +318,7 @@ def _terms(triplet: SingularTriplet, family: list[Array], order: int, vectors: b
     state = Vectors([products(A_j, xp) for A_j in scaled], triplet._P0, triplet._Q0)
     resolvent = triplet._resolvent()
     needed = order if vectors or cluster else order // 2
-    E = extend(state, resolvent, triplet._E0, triplet._coupled, needed, xp, last=vectors or not cluster)
+    E = extend(state, resolvent, triplet._E0, triplet._cluster, needed, xp, last=vectors or not cluster)
     left = right = None
     if vectors:
         left, right = (of(w, xp.zeros_like(triplet._e)) for w in (state.P, state.Q))

@@ -126,12 +126,6 @@ class SingularTriplet:
         return self._values[..., 0] - self._values[..., -1]
 
     @property
-    def _coupled(self) -> Array:
-        """(c, c): ones for a cluster, the identity for separate values."""
-        identity = eye(len(self._indices), self._values, self._xp)
-        return self._xp.ones_like(identity) if self._cluster else identity
-
-    @property
     def _E0(self) -> Array:
         """Effective matrix of order 0 (..., c, c): the values on the diagonal."""
         identity = eye(len(self._indices), self._values, self._xp)

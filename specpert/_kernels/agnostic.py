@@ -19,8 +19,7 @@ def direction_series(U: Array, s: Array, Vh: Array, H: Array, k: int, out: Array
     order, e = out.shape[-1] - 1, s[..., k : k + 1]
     excluded = array([[i == k] for i in range(s.shape[-1])], s, xp, dtype=xp.bool)
     vectors = Vectors([(lambda Q: H @ Q, lambda P: Ha @ P)], U[..., k : k + 1], V[..., k : k + 1])
-    one = array([[1.0]], s, xp)
-    E = extend(vectors, from_thin_svd(U, s, V, e, excluded, xp), e[..., None], one, order // 2, xp)
+    E = extend(vectors, from_thin_svd(U, s, V, e, excluded, xp), e[..., None], False, order // 2, xp)
     for n, lam in enumerate(value_coefficients(vectors, E, order, xp)):
         out[..., n] = lam[..., 0]
 

@@ -38,7 +38,10 @@ def direction_series(U, s, Vh, H, k, out):  # type: ignore[no-untyped-def]
                 for l in range(1, j + 1):
                     f -= out[i, l] * P[j + 1 - l]
                     g -= out[i, l] * Q[j + 1 - l]
-                resolvent(U[i], s[i], Vh[i], k, f, g, P[j + 1], Q[j + 1])
+                along = 0.0  # what the lower orders ask for along (u, -v), so that ||P(x)|| = ||Q(x)||
+                for l in range(1, j + 1):
+                    along += inner(Q[l], Q[j + 1 - l]) - inner(P[l], P[j + 1 - l])
+                resolvent(U[i], s[i], Vh[i], k, f, g, along / 4, P[j + 1], Q[j + 1])
         for N in range(last + 1, order + 1):
             b = (N - 1) // 2
             a = N - 1 - b
@@ -72,8 +75,8 @@ def apply_pair(H, q, p, f, g):  # type: ignore[no-untyped-def]
 
 
 @njit
-def resolvent(U, s, Vh, k, f, g, x, y):  # type: ignore[no-untyped-def]
-    """Minus the reduced resolvent from a thin SVD, into x and y; f and g become the residuals (theory 1.4)."""
+def resolvent(U, s, Vh, k, f, g, along, x, y):  # type: ignore[no-untyped-def]
+    """Minus the reduced resolvent from a thin SVD, into x and y (theory 1.4); `along` as in `_recursion.balanced`."""
     m, r = U.shape
     n, e = Vh.shape[1], s[k]
     x[:] = 0
@@ -87,6 +90,7 @@ def resolvent(U, s, Vh, k, f, g, x, y):  # type: ignore[no-untyped-def]
             be += Vh[i, b] * g[b]
         if i == k:
             xi = (al - be) / (4 * e)
+            xi += along - xi.real
             yi = -xi
         else:
             denominator = (e - s[i]) * (e + s[i])

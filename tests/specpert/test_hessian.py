@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from oracles import with_spectrum
+from oracles import taylor_mpmath, with_spectrum
 from scipy.sparse.linalg import eigsh
 
 from specpert import (
@@ -181,3 +181,21 @@ def test_errors_cross_process_borders():
         SigmaHessian(np.eye(2))
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (str(copy), copy.cluster) == (str(caught.value), (0, 1))
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-7, 1e-11])
+def test_a_small_value_of_a_real_square_matrix_loses_no_digits(small):
+    rng = np.random.default_rng(0)
+    A = with_spectrum(rng, 3, 3, [1.0, 0.65, small])
+    E = np.eye(9).reshape(9, 3, 3)
+    form = {i: 2 * taylor_mpmath(A, E[i], 2, 2)[2] for i in range(9)}
+    exact = np.array(
+        [[taylor_mpmath(A, E[i] + E[j], 2, 2)[2] - (form[i] + form[j]) / 2 for j in range(9)] for i in range(9)]
+    )
+    hessian, size = SigmaHessian(A, k=2), np.abs(exact).max()
+    products = np.stack([hessian.product(e).reshape(9) for e in E])
+    diagonals = hessian.diagonal().reshape(9), np.array([hessian.quadratic(e) for e in E])
+    for found in (hessian.dense().reshape(9, 9), products):
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-14 * size)
+    for found in diagonals:
+        np.testing.assert_allclose(found, np.diag(exact), rtol=0, atol=1e-14 * size)

@@ -56,6 +56,78 @@ def random_case(shape, complex_, seed=0):
     return A, H
 
 
+SMALL = (1e-3, 1e-5, 1e-7, 1e-11)
+
+
+def with_small_value(small, n=3):
+    rng = np.random.default_rng(0)
+    A = with_spectrum(rng, n, n, [*np.linspace(1.0, 0.6, n - 1), small])
+    H = rng.standard_normal((n, n))
+    return A, H / np.linalg.norm(H, 2)
+
+
+def each(found, expected, first=1):
+    """The largest of the errors relative to each coefficient; sigma itself has that of a decomposition."""
+    return np.max(np.abs(found[first:] - expected[first:]) / np.abs(expected[first:]))
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_small_value_of_a_real_square_matrix(small):
+    """Up to its sign it is analytic through zero: no order has a reason to lose digits, and none does.
+
+    The resolvent divides what is along (u, -v) by sigma; that ||P(x)|| = ||Q(x)|| says it without.
+    """
+    A, H = with_small_value(small)
+    exact = taylor_mpmath(A, H, 2, 8, dps=400)
+    found = {
+        "kernel": sigma_series(A, H, 8, k=2).coefficients,
+        "recursion": sigma_series(A, [H], 8, k=2, vectors=True).coefficients,
+        "several": sigma_series(A, H, 8, k=[0, 2]).coefficients[1],
+        "cluster of one": sigma_series(A, H, 8, k=(2,)).mean,
+        "family": sigma_series(A, [H, np.zeros_like(H)], 8, k=2).coefficients,
+        "stack": sigma_series(np.stack([A, A]), np.stack([H, H]), 8, k=2).coefficients[1],
+    }
+    for coefficients in found.values():
+        assert each(coefficients, exact) < 1e-12
+    for on_degenerate in ("raise", "cluster"):
+        for n in range(1, 7):
+            mixed = sigma_derivative(A, n, directions=[H] * n, k=2, on_degenerate=on_degenerate)
+            assert math.isclose(mixed, math.factorial(n) * exact[n], rel_tol=1e-12)
+    for n in range(1, 6):
+        tensor = sigma_derivative(A, n, k=2)
+        for _ in range(n):
+            tensor = np.tensordot(H, tensor, axes=([0, 1], [0, 1]))
+        assert math.isclose(tensor, math.factorial(n) * exact[n], rel_tol=1e-11)
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_small_value_in_two_dimensions(small):
+    """sigma_1 = (sqrt(F + 2 D) - sqrt(F - 2 D)) / 2 with F the squared Frobenius norm and D the determinant."""
+    A, H = np.array([[3.0, 1.0], [2.0, 2.0 / 3.0 + small]]), np.array([[0.3, 0.5], [-0.7, 0.2]])
+    with mpmath.workdps(400):
+
+        def value(x):
+            a, b, c, d = (mpmath.mpf(float(p)) + x * mpmath.mpf(float(q)) for p, q in zip(A.flat, H.flat, strict=True))
+            F, D = a * a + b * b + c * c + d * d, a * d - b * c
+            return (mpmath.sqrt(F + 2 * D) - mpmath.sqrt(F - 2 * D)) / 2
+
+        exact = np.array([float(c) for c in mpmath.taylor(value, 0, 12)])
+    exact *= np.sign(exact[0])
+    assert each(sigma_series(A, H, 12, k=1).coefficients, exact) < 1e-11
+
+
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("k", [0, 3, (0, 1), (2, 3)], ids=str)
+def test_both_vector_series_have_the_same_gram_matrix(k, complex_):
+    rng = np.random.default_rng(5)
+    A, H, B = (rng.standard_normal((4, 4)) + complex_ * 1j * rng.standard_normal((4, 4)) for _ in range(3))
+    series = sigma_series(A, [H, B], 6, k=k, vectors=True)
+    P, Q = (np.moveaxis(x, -1, 0).reshape(7, 4, -1) for x in (series.left, series.right))
+    for n in range(1, 7):
+        left, right = (sum(X[i].conj().T @ X[n - i] for i in range(n + 1)) for X in (P, Q))
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-13 * np.abs(np.stack([P, Q])).max() ** 2)
+
+
 @pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_k_against_mpmath(shape, complex_):
