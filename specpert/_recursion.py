@@ -66,7 +66,7 @@ def block_product(x: Array, y: Array, cluster: bool, xp: Namespace) -> Array:
 
 
 def spread(x: Array, a: Array, cluster: bool) -> Array:
-    """x a for columns x (..., c) and what `block_product` makes."""
+    """The product x a of columns x (..., c) and of what `block_product` makes."""
     return x @ a if cluster else x * a
 
 
