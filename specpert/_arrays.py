@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -207,6 +207,15 @@ def widened(A: np.ndarray, x: np.ndarray) -> np.ndarray:
     return out
 
 
+def by_columns(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray) -> np.ndarray:
+    """A function of columns (r, c) on a stack of them (..., r, c): all columns beside one another."""
+    if x.ndim == 2:
+        return function(x)
+    columns = np.moveaxis(x, -2, 0)
+    y = function(columns.reshape(len(columns), -1))
+    return np.asarray(np.moveaxis(y.reshape(len(y), *columns.shape[1:]), 0, -2))
+
+
 def real_dtype(dtype: Any, xp: Namespace) -> Any:
     """The real dtype of the same precision."""
     return xp.float32 if dtype in (xp.float32, xp.complex64) else xp.float64
@@ -262,10 +271,10 @@ def ldexp(x: Array, e: Array, xp: Namespace) -> Array:
         return x
     top = float(math.floor(math.log2(float(xp.finfo(x.dtype).max))) - 1)
     if is_numpy(e) and is_numpy(x) and np.abs(e).max() <= top:
-        with np.errstate(over="ignore", under="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             return x * np.ldexp(real(x, xp).dtype.type(1), e.astype(np.int32))
     two = array(2.0, e, xp)
-    with np.errstate(over="ignore", under="ignore"):  # callers look for infinities themselves
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # callers look for infinities themselves
         for _ in range(3):  # three factors span more than the range of the floats, so the rest of e cannot matter
             part = xp.clip(e, -top, top)
             x = x * xp.astype(xp.pow(two, part), x.dtype)

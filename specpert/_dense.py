@@ -17,6 +17,7 @@ from specpert._arrays import (
     Namespace,
     adjoint,
     array_device,
+    as_arrays,
     check_matrix,
     dtype_name,
     eps,
@@ -24,6 +25,7 @@ from specpert._arrays import (
     from_host,
     has_double,
     host_view,
+    is_complex,
     is_numpy,
     ldexp,
     real_dtype,
@@ -60,7 +62,7 @@ def by_dense(
     size = check_matrix(A, "A", xp)
     real = _results(A, dtype, xp)
     m, n = A.shape[-2:]
-    check_start(v0, tuple(A.shape[-2:]))
+    check_start(v0, tuple(A.shape[-2:]), is_complex(A, xp))
     index = check_indices(k, min(m, n), cluster=cluster)
     e = exponent(size, xp)
     scaled = ldexp(A, -e[..., None, None], xp)
@@ -93,13 +95,21 @@ def by_dense(
     return assemble(blank, (U, s, adjoint(Vh, xp)), index, gap)
 
 
-def check_start(v0: Any, shape: tuple[int, ...]) -> None:
+def check_start(v0: Any, shape: tuple[int, ...], complex_: bool) -> None:
     """Raise unless v0 can be the start for a matrix of that shape."""
+    if v0 is None:
+        return
     if isinstance(v0, SingularTriplet):
         if tuple(v0.shape) != shape or v0.k != 0:
             raise ValueError(f"expected v0 to be the triplet k = 0 of a matrix {shape}, got k = {v0.k} of {v0.shape}")
-    elif v0 is not None and tuple(getattr(v0, "shape", None) or np.shape(v0)) != shape[-1:]:
-        raise ValueError(f"expected v0 of shape ({shape[-1]},), a right singular vector, got {np.shape(v0)}")
+        v0 = v0.v
+    xp, (v0,) = as_arrays(v0, names=["v0"])
+    if tuple(v0.shape) != shape[-1:]:
+        raise ValueError(f"expected v0 of shape ({shape[-1]},), a right singular vector, got {tuple(v0.shape)}")
+    if is_complex(v0, xp) and not complex_:
+        raise TypeError("expected a real v0 for a real matrix, got a complex one")
+    if not bool(xp.all(xp.isfinite(v0))):
+        raise NonFiniteError("expected v0 to be finite, got NaN or inf in it")
 
 
 def _results(A: Array, dtype: Any, xp: Namespace) -> Any:
@@ -223,23 +233,15 @@ def _starts(v0: Any, n: int, gram: Gram, dtype: Any, wide: bool, rtol: float) ->
         if small is not None and isinstance(small.solve, CholeskySolver) and small.mirrored != wide:
             starts.append(partial(improved, known=small.solve, gap=v0._relative_gap, rtol=rtol))
         v0 = v0.v
-    if v0 is not None and (column := on_smaller_side(v0, n, gram.apply, dtype, wide)) is not None:
+    if v0 is not None and (column := on_smaller_side(v0, gram.apply, dtype, wide)) is not None:
         starts.append(lambda _: column)
     return starts
 
 
-def on_smaller_side(
-    v0: Any, n: int, apply: Callable[[np.ndarray], np.ndarray], dtype: Any, wide: bool
-) -> np.ndarray | None:
+def on_smaller_side(v0: Any, apply: Callable[[np.ndarray], np.ndarray], dtype: Any, wide: bool) -> np.ndarray | None:
     """A start v0 (n,) for the right singular vector as a unit column of the smaller side; None if it vanishes there."""
     view = host_view(v0)
     v0 = np.asarray(v0 if view is None else view)
-    if v0.shape != (n,):
-        raise ValueError(f"expected v0 of shape ({n},), a right singular vector, got {v0.shape}")
-    if np.iscomplexobj(v0) and not np.issubdtype(dtype, np.complexfloating):
-        raise TypeError("expected a real v0 for a real matrix, got a complex one")
-    if not np.isfinite(v0).all():
-        raise NonFiniteError(f"expected v0 to be finite, got {v0[~np.isfinite(v0)][0]} in it")
     column = v0.astype(dtype)[:, None]
     column = column / (float(np.max(np.abs(column))) or 1.0)
     warm = apply(column) if wide else column

@@ -41,8 +41,8 @@ def by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float | 
         A = A.astype(np.result_type(A.dtype, np.float64), copy=False)
     B = as_operator(A, "A")
     m, n = B.shape
+    check_start(v0, (m, n), np.iscomplexobj(np.empty(0, B.dtype)))
     if isinstance(v0, SingularTriplet):
-        check_start(v0, (m, n))
         v0 = v0.v
     index = check_indices(k, min(m, n), cluster=cluster)
     if min(m, n) <= max(2 * (max(as_tuple(index)) + 2), 32):  # too small for Lanczos to pay
@@ -91,7 +91,7 @@ def _start(v0: Any, B: Operator, wide: bool) -> np.ndarray:
     start: np.ndarray = np.random.default_rng(0).standard_normal(min(B.shape)).astype(B.dtype)
     if v0 is None:
         return start
-    column = on_smaller_side(v0, B.shape[1], B.apply, B.dtype, wide)
+    column = on_smaller_side(v0, B.apply, B.dtype, wide)
     if column is None:
         raise NonFiniteError("expected v0 not to be in the null space of A, got A v0 = 0")
     return column[:, 0] + 1e-4 * start / float(np.linalg.norm(start))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from specpert._arrays import Array, Namespace, eps
+from specpert._arrays import Array, Namespace, by_columns, eps
 from specpert.result import ConvergenceError, NonFiniteError
 
 _EXACT_NORM_LIMIT = 512  # up to this smaller side the norm of a matrix is computed, beyond it bounded
@@ -41,12 +41,12 @@ class Operator:
         return 2
 
     def apply(self, x: np.ndarray) -> np.ndarray:
-        """A x for columns x (n, c)."""
-        return self.factor * self._apply(x)
+        """A x for columns x (..., n, c)."""
+        return self.factor * by_columns(self._apply, x)
 
     def apply_adjoint(self, y: np.ndarray) -> np.ndarray:
-        """A^* y for columns y (m, c)."""
-        return self.factor * self._apply_adjoint(y)
+        """A^* y for columns y (..., m, c)."""
+        return self.factor * by_columns(self._apply_adjoint, y)
 
     def scaled(self, e: float) -> Operator:
         """A / 2^e."""
@@ -97,8 +97,9 @@ def as_operator(A: Any, name: str) -> Operator:
     dtype = np.result_type(A.dtype if A.dtype is not None else float, np.float64)
     probe = np.random.default_rng(0).standard_normal(n)
     image = np.asarray(A.matvec(probe))
+    size = _norm(image) / _norm(probe) * math.sqrt(max(m, n) / m)
     try:
-        A.rmatvec(image)
+        A.rmatvec(image / _norm(image) if size > 0 else image)
     except (NotImplementedError, TypeError, AttributeError) as error:
         raise TypeError(
             f"expected {name} to be a LinearOperator with rmatvec (the product with its adjoint), got one without; "
@@ -106,7 +107,6 @@ def as_operator(A: Any, name: str) -> Operator:
         ) from error
     if not np.isfinite(image).all():
         raise NonFiniteError(f"expected the products of {name} to be finite, got NaN or inf")
-    size = _norm(image) / _norm(probe) * math.sqrt(max(m, n) / m)
     return Operator((m, n), dtype, size, None, A.matmat, A.rmatmat)
 
 

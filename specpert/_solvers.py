@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from specpert._arrays import square, widened
+from specpert._arrays import by_columns, square, widened
 from specpert.result import ConvergenceError
 
 Product = Callable[[np.ndarray], np.ndarray]
@@ -108,10 +108,8 @@ class CholeskySolver:
         """As of the protocol: by the factor alone, to its precision."""
         if np.iscomplexobj(b) and not np.iscomplexobj(self.L):
             return np.asarray(self.rough(b.real) + 1j * self.rough(b.imag))
-        if b.ndim > 2:  # a stack: its columns beside one another
-            columns = np.moveaxis(b, -2, 0)
-            x = self.rough(columns.reshape(len(columns), -1)).reshape(columns.shape)
-            return np.asarray(np.moveaxis(x, 0, -2))
+        if b.ndim > 2:
+            return by_columns(self.rough, b)
         if b.size == 0:
             return b
         if self.precise:
@@ -218,6 +216,8 @@ class IterativeSolver:
         self.residuals: list[float] = []
 
     def __call__(self, b: np.ndarray) -> np.ndarray:
+        if b.ndim > 2:
+            return by_columns(self, b)
         solved = [self._solve(column) for column in b.T]
         self.residuals.append(max(residual for _, residual in solved))
         return np.stack([x for x, _ in solved], axis=1)

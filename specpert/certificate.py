@@ -148,7 +148,8 @@ class Enclosure:
     value, bound : array, shape (...) or (..., K)
         ``|sigma_k(A + H) - value| <= bound``.
     eps : array
-        Validity ratio 2 ||H|| / d (theory 1.9). From 1 on the bound is Weyl's, with sigma_k the sorted value.
+        Validity ratio 2 ||H|| / d (theory 1.9). From 1 on the value is sigma_k(A) and the bound Weyl's, for the k-th of
+        the sorted values.
     """
 
     value: Array
@@ -215,9 +216,9 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
         valid = (2 * h < safe) & (delta > 0)
         sharp = rho_squared / xp.where(valid, delta, xp.ones_like(delta))
     finite = xp.isfinite(theta) & xp.isfinite(rho_squared) & ~huge[..., None]
-    shift = xp.where(finite, theta, xp.zeros_like(theta))
+    shift = xp.where(valid & finite, theta, xp.zeros_like(theta))
     unit = float(xp.finfo(triplet._dtype).eps)  # value and bound are rounded to it
-    bound = xp.where(valid & finite, sharp, h + xp.abs(shift)) + margin + unit * (triplet._values + xp.abs(shift))
+    bound = xp.where(valid & finite, sharp, h) + margin + unit * (triplet._values + xp.abs(shift))
     bound = bound * (1 + 2 * unit)
     eps_step = xp.where(huge[..., None], xp.full_like(bound, math.inf), 2 * h / triplet._gap)
     results = (

@@ -115,7 +115,7 @@ class SigmaHessian:
         """D^2 sigma[G, G] for a matrix or a stack G (..., m, n), with the stack's shape (...)."""
         G = self._direction(G)
         wider = self._promoted(G)
-        return wider.from_projections(*wider._projections(G))
+        return wider._form(*wider._projections(G))
 
     def from_projections(self, p: Any, q: Any) -> Array:
         """D^2 sigma[G, G] from p = G v (..., m) and q = G^* u (..., n) alone (theory 2.4)."""
@@ -132,7 +132,12 @@ class SigmaHessian:
         for size, name in zip(sizes, "pq", strict=True):
             if not bool(xp.all(xp.isfinite(size))):
                 raise NonFiniteError(f"expected {name} to be finite, got NaN or inf in it")
-        e = exponent(xp.maximum(*sizes), xp)
+        return self._form(p, q, xp.zeros_like(sizes[0]))
+
+    def _form(self, p: Array, q: Array, power: Array) -> Array:
+        """The form of 2^power (p, q)."""
+        xp = self._xp
+        e = _vector_exponent(p, q, xp)
         p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
         if self.triplet._svd is not None:
             total = self._spectrum.quadratic(p, q)
@@ -142,7 +147,7 @@ class SigmaHessian:
             assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
             total = xp.reshape(self._resolvent.quadratic(*columns), p.shape[:-1])
         total = self.triplet._result(total)
-        return finite(scalar(ldexp(total, 2 * e - self.triplet._e, xp)), "Hessian form", xp)
+        return finite(scalar(ldexp(total, 2 * (e + power) - self.triplet._e, xp)), "Hessian form", xp)
 
     def inner(self, factor: Any) -> Array:
         """<H, F^T F> = sum_i D^2 sigma[F_i, F_i] for a low-rank covariance given by its factor F (M, m, n).
@@ -162,13 +167,13 @@ class SigmaHessian:
         if (wider := self._promoted(G)) is not self:
             return wider.product(G)
         xp, u, v = self._xp, self._u, self._v
-        p, q = self._projections(G)
+        p, q, power = self._projections(G)
         e = _vector_exponent(p, q, xp)
         p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
         x, y = balanced(*self._solve(p, q), 0.0, u[..., None], v[..., None], False, xp)
         product = x @ adjoint(v[..., None], xp) + u[..., None] @ adjoint(y, xp)
         product = self.triplet._result(product)
-        return finite(ldexp(product, (e - self.triplet._e)[..., None, None], xp), "Hessian product", xp)
+        return finite(ldexp(product, (e + power - self.triplet._e)[..., None, None], xp), "Hessian product", xp)
 
     def _solve(self, p: Array, q: Array) -> tuple[Array, Array]:
         """The reduced resolvent on stacks of vectors, as columns (..., m, 1) and (..., n, 1)."""
@@ -258,16 +263,27 @@ class SigmaHessian:
         check_shape(G, "G", self.triplet.shape if stack else self.triplet.shape[-2:])
         return G
 
-    def _projections(self, G: Array) -> tuple[Array, Array]:
-        """G v (..., m) and G^* u (..., n); they show NaN and inf in G, so that no pass over G is spent on that."""
+    def _projections(self, G: Array) -> tuple[Array, Array, Array]:
+        """G v (..., m) and G^* u (..., n), and an exponent of two (...) that they are still to be multiplied with.
+
+        They show NaN, inf and sizes out of the ordinary, so that no pass over G is spent on that.
+        """
         xp, u, v = self._xp, self._u, self._v
+        with np.errstate(over="ignore", invalid="ignore"):
+            p, q = self._products(G, u, v)
+        size = xp.maximum(magnitude(p[..., None, :], xp), magnitude(q[..., None, :], xp))
+        largest = float(xp.finfo(u.dtype).max) ** 0.5
+        if bool(xp.all((size > 1 / largest) & (size < largest))):
+            return p, q, xp.zeros_like(size)
+        power = exponent(check_matrix(G, "G", xp), xp)
+        if not bool(xp.any(power != 0)):  # a zero among them
+            return p, q, xp.zeros_like(size)
+        return *self._products(ldexp(G, -power[..., None, None], xp), u, v), power + xp.zeros_like(size)
+
+    def _products(self, G: Array, u: Array, v: Array) -> tuple[Array, Array]:
         if is_numpy(G) and G.ndim > 2 and u.ndim == 1:
-            p, q = _blocked_projections(G, u, v)
-        else:
-            p, q = _times(G, v), _times(adjoint(G, xp), u)
-        if not bool(xp.all(xp.isfinite(xp.sum(p, axis=-1))) and xp.all(xp.isfinite(xp.sum(q, axis=-1)))):
-            check_matrix(G, "G", xp)
-        return p, q
+            return _blocked_projections(G, u, v)
+        return _times(G, v), _times(adjoint(G, self._xp), u)
 
 
 class _Spectrum:

@@ -189,6 +189,8 @@ def spectral_ito(f: SpectralFunction, A: Any, G: Any, D: Any) -> ItoCoefficients
     >>> print(b.drift, b.variance)
     -1.0 2.0
     """
+    if not isinstance(f, SpectralFunction):
+        raise TypeError(f"expected f to be a SpectralFunction, got {type(f).__name__}")
     A, G, D, stacked = _aligned(A, G, D)
     point = f._point(A)
     first = point.derivative(G, "G")

@@ -39,14 +39,14 @@ def spectral_norm(A: Any, *, rtol: float = 0.0) -> Array:
     A : array, shape (..., m, n)
         Real or complex matrix or stack of matrices, of NumPy or any library of the array API.
     rtol : float
-        How much too large the result may be, relative to it. For one matrix on the CPU with min(m, n) >= 64 a positive
-        value saves the decomposition: Lanczos goes on until the residual of the singular pair is small, and what a
-        random start (of a fixed seed) can have hidden by its small share in a vector is added to the value. Very likely
-        the result is not too small; for a proof leave rtol at zero.
+        How much too large the result may be, relative to it, beside rounding. For one matrix on the CPU with
+        min(m, n) >= 64 a positive value saves the decomposition: Lanczos goes on until the residual of the singular
+        pair is small, and what a random start (of a fixed seed) can have hidden by its small share in a vector is added
+        to the value. Very likely the result is not too small; for a proof leave rtol at zero.
 
     Returns
     -------
-    array, shape (...), of A's real dtype
+    array, shape (...), of A's real dtype; infinite beyond its range
 
     Raises
     ------

@@ -7,6 +7,7 @@ U_c, V_c singular vectors of a tie; U_0 (m, m - rank), V_0 (n, n - rank) null ba
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,8 +50,7 @@ def isolating_cluster(A: Any, H: Any, *, k: int = 0) -> tuple[int, ...]:
     (0, 1)
     """
     xp, (A, H) = as_arrays(A, H, names=["A", "H"])
-    _check_single(A, xp)
-    check_direction(H, "H", A.shape, xp)
+    _check_single(A, H, xp)
     index = check_indices(k, min(A.shape))
     if not isinstance(index, int):
         raise TypeError(f"expected one index k, got {index}")
@@ -92,9 +92,11 @@ class OneSided:
 
     def values(self, x: float) -> Array:
         """The sorted values at x >= 0, shape (c,), with an error of O(x^3)."""
+        if not isinstance(x, numbers.Real):
+            raise TypeError(f"expected x to be a real number, got {type(x).__name__}")
         if not 0 <= x < math.inf:
             raise ValueError(f"expected a finite x >= 0, got {x}; for the other side take the direction -H")
-        return self._values(x)
+        return self._values(float(x))
 
 
 def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None = None) -> OneSided:
@@ -138,8 +140,7 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
     if gap_tol is not None:
         check_fraction(gap_tol, "gap_tol")
     xp, (A, H) = as_arrays(A, H, names=["A", "H"])
-    _check_single(A, xp)
-    check_direction(H, "H", A.shape, xp)
+    _check_single(A, H, xp)
     index = check_indices(k, min(A.shape))
     if not isinstance(index, int):
         raise TypeError(f"expected one index k, got {index}")
@@ -177,7 +178,9 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
     return OneSided(cluster, value, ldexp(derivatives, t, xp), of_tie)
 
 
-def _check_single(A: Array, xp: Any) -> None:
+def _check_single(A: Array, H: Array, xp: Any) -> None:
     check_matrix(A, "A", xp)
-    if A.ndim > 2:
-        raise ValueError(f"expected one matrix (m, n), got a stack of shape {tuple(A.shape)}")
+    check_direction(H, "H", A.shape, xp)
+    for X, what in ((A, "matrix A"), (H, "direction H")):
+        if X.ndim > 2:
+            raise ValueError(f"expected one {what} (m, n), got a stack of shape {tuple(X.shape)}; take one at a time")

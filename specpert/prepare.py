@@ -181,6 +181,9 @@ def _prepare_operators(
             if not is_numpy(H):
                 raise TypeError(f"expected {name} as a NumPy array beside SciPy operators, got {type(H).__name__}")
             check_direction(H, name, triplet.shape, np)
+            if H.ndim > 2:
+                operators.append(H.astype(np.result_type(H, triplet._P0), copy=False))
+                continue
         H = as_operator(H, name)
         if H.shape != tuple(triplet.shape[-2:]):
             raise ValueError(f"expected {name} of shape {tuple(triplet.shape[-2:])} like A, got {H.shape}")

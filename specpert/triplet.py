@@ -45,7 +45,7 @@ class SingularTriplet:
     Attributes
     ----------
     sigma : array, shape (...) or (..., K)
-        The singular value, or the K values where several were asked for.
+        The singular value, or the K values where several were asked for; infinite beyond the range of the dtype.
     u, v : array, shape (..., m) and (..., n), or (..., m, K) and (..., n, K)
         Left and right singular vectors, A v = sigma u.
     gap : array, shape of sigma

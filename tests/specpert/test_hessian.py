@@ -199,3 +199,21 @@ def test_a_small_value_of_a_real_square_matrix_loses_no_digits(small):
         np.testing.assert_allclose(found, exact, rtol=0, atol=1e-14 * size)
     for found in diagonals:
         np.testing.assert_allclose(found, np.diag(exact), rtol=0, atol=1e-14 * size)
+
+
+def test_matrix_and_direction_of_any_size():
+    """Scaling by powers of two is exact; what overflows or underflows on the way must not matter."""
+    A = np.random.default_rng(0).standard_normal((3, 4))
+    G = np.round(64 * np.random.default_rng(1).standard_normal((3, 4)))
+    hessian = SigmaHessian(A)
+    tiny = SigmaHessian(A * 2.0**-1000) @ (G * 2.0**-1070)
+    np.testing.assert_array_equal(tiny * 2.0**70, hessian @ G)
+    assert SigmaHessian(A * 2.0**-1000).quadratic(G * 2.0**-1000) == hessian.quadratic(G) * 2.0**-1000
+    huge = SigmaHessian(A * 2.0**1000) @ (np.ones((3, 4)) * 2.0**1023)
+    np.testing.assert_array_equal(huge, (hessian @ np.ones((3, 4))) * 2.0**23)
+    stack = np.stack([G, 0.0 * G, 2.0**-1000 * G, 2.0**400 * G])
+    np.testing.assert_array_equal(hessian.quadratic(stack)[[0, 1, 3]], [hessian.quadratic(x) for x in stack[[0, 1, 3]]])
+    with pytest.raises(NonFiniteError):
+        hessian.quadratic(np.full((3, 4), np.inf))
+    with pytest.raises(OverflowError):
+        hessian.quadratic(2.0**1000 * G)

@@ -21,6 +21,7 @@ from specpert import (
     ZeroSingularValueError,
     kato_temple,
     sigma_derivative,
+    sigma_ito,
     sigma_series,
     singular_triplet,
 )
@@ -580,3 +581,52 @@ def test_sparse_arrays_in_extended_precision_are_refused():
         pytest.skip("no extended precision here")
     with pytest.raises(TypeError, match="expected A with a floating or integer dtype, got float128"):
         singular_triplet(sparse.csr_array(np.eye(40).astype(np.longdouble)))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "operator", "lanczos"])
+def test_stacks_of_directions_without_a_decomposition(kind):
+    """A triplet that knows only products takes what one of a dense array takes."""
+    rng = np.random.default_rng(3)
+    S = sparse.random_array((90, 70), density=0.1, rng=rng, format="csr")
+    A = S.toarray()
+    G = np.stack([step / np.linalg.norm(step, 2) for step in rng.standard_normal((2, 90, 70))])
+    exact = singular_triplet(A, method="svd")
+    source = {"sparse": S, "operator": aslinearoperator(S), "lanczos": A}[kind]
+    triplet = singular_triplet(source, method="lanczos" if kind == "lanczos" else "auto")
+    calls = [
+        lambda t: sigma_series(t, G, 5).coefficients,
+        lambda t: sigma_series(t, [G, G[0]], 4).coefficients,
+        lambda t: sigma_derivative(t, 2, directions=G),
+        lambda t: sigma_derivative(t, 3, directions=[G, G[0], G]),
+        lambda t: kato_temple(t, 1e-3 * G).value,
+        lambda t: sigma_ito(t, G[0], G[1:]).drift,
+        lambda t: sigma_ito(t, G[0], G).variance,
+    ]
+    for call in calls:
+        found, expected = call(triplet), call(exact)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+    if kind == "sparse":
+        found, expected = (sigma_series(x, G, 4).coefficients for x in (S, A))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (300, 320)], ids=str)
+@pytest.mark.parametrize("method", ["auto", "gram", "lanczos"])
+def test_a_start_is_checked_whether_it_is_used_or_not(shape, method):
+    A, n = pair(shape)[0], shape[1]
+    for v0, error in (
+        ("a", TypeError),
+        (np.ones(n - 1), ValueError),
+        (np.ones((n, 1)), ValueError),
+        (np.full(n, np.nan), NonFiniteError),
+        (1j * np.ones(n), TypeError),
+    ):
+        with pytest.raises(error, match="expected"):
+            singular_triplet(A, v0=v0, method=method)
+    assert math.isclose(singular_triplet(A, v0=[1.0] * n, method=method).sigma, np.linalg.norm(A, 2), rel_tol=1e-12)
+
+
+def test_large_operators_are_tried_without_overflow():
+    S = sparse.random_array((90, 70), density=0.1, rng=np.random.default_rng(0), format="csr")
+    large = singular_triplet(aslinearoperator(S) * 1e200)
+    assert math.isclose(large.sigma, 1e200 * singular_triplet(S).sigma, rel_tol=1e-12)

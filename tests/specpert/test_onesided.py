@@ -198,3 +198,22 @@ def test_arguments_are_finite():
     for x in (np.inf, np.nan, -1.0):
         with pytest.raises(ValueError, match="expected a finite x >= 0, got"):
             one_sided_derivatives(np.eye(2), np.eye(2)).values(x)
+
+
+def test_one_direction_at_a_time():
+    A, H = np.diag([3.0, 2.0, 1.0]), np.stack([np.eye(3)] * 2)
+    for function in (one_sided_derivatives, isolating_cluster):
+        with pytest.raises(ValueError, match=r"one direction H \(m, n\), got a stack of shape \(2, 3, 3\)"):
+            function(A, H)
+    sides = one_sided_derivatives(A, H[0])
+    for x in ("a", np.array([0.1, 0.2])):
+        with pytest.raises(TypeError, match="real number"):
+            sides.values(x)
+
+
+def test_a_step_too_large_to_enclose_has_the_bound_of_weyl():
+    A, H = np.diag([3.0, 1.0]), -40.0 * np.eye(2)
+    for order in (0, 1, 2):
+        found = kato_temple(A, H, order=order)
+        assert found.value == 3.0
+        assert math.isclose(found.bound, 40.0)
