@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lipdyn_torch._bridge import Pair, Spectrum, all_finite
-from lipdyn_torch._hooks import Call, Pass, Watch
+from lipdyn_torch._hooks import Call, Pass, Watch, failure
 from lipdyn_torch.errors import FactorSizeError
 from lipdyn_torch.layers import Block, working
 from lipdyn_torch.noise import (
@@ -28,6 +28,8 @@ from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
 __all__ = ["Caught", "collect", "settle"]
 
 NO_GRADIENT = "no gradient reached this layer"
+NO_SAMPLES = "no samples reached this layer"
+KEPT = "frozen with a gradient left, by which the optimizer still moves it"
 SILENT = "a gradient reached the weight past the monitor: used by a function, or compiled away"
 EDITED = "weight was changed between backward and step"
 MISMATCH = "contributions do not sum to the gradient"
@@ -107,7 +109,9 @@ def collect(
     passes = watch.merged(outer)
     caught.eps = max(watch.eps, *(torch.finfo(p.dtype).eps for p in watch.parameters))
     caught.batch = sum(single.samples for single in passes)
-    if not caught.frozen:
+    if caught.frozen and any(p.grad is not None and id(p) in groups for p in watch.parameters):
+        caught.frozen, caught.problems = False, [KEPT]
+    elif not caught.frozen:
         # Shards are gathered here and in the response: whatever this process's samples did, all must come by.
         gradients = [
             gradient_of(optimizer, p) if p.requires_grad and p.grad is not None else None for p in watch.parameters
@@ -221,14 +225,21 @@ def _rate(group: dict[str, Any], lr: float) -> float:
 def _gather(caught: Caught, passes: list[Pass], split: bool, keep_gradients: bool) -> None:
     """Join micro-batches to one batch of contributions."""
     watch = caught.watch
+    if caught.batch == 0:
+        caught.problems.append(NO_SAMPLES)
+        return
     sums = [_sums(watch, single, caught.weights) for single in passes]
     if watch.problems or any(part is None for part in sums):
         caught.problems += watch.problems
         return
     joined = [torch.cat(parts) for parts in zip(*(part for part in sums if part is not None), strict=True)]
-    squares = _squares(caught, passes) if split else None
+    try:
+        squares = _squares(caught, passes) if split else None
+        gradients = _gradients(caught, passes) if keep_gradients and squares is not None else None
+    except Exception as error:  # of the user's own code, as in `Watch.contract`
+        caught.problems.append(failure(error))
+        return
     bend = (joined[2], joined[3]) if len(joined) == 4 else None
-    gradients = _gradients(caught, passes) if keep_gradients and squares is not None else None
     caught.noise = GradientNoise.from_contributions(joined[0], joined[1], squares, caught.mean, bend, gradients)
 
 

@@ -92,6 +92,7 @@ class Watch:
     accumulated: bool = field(default=False, init=False)  # a gradient has reached the parameter
     totals: list[Tensor] = field(default_factory=list, init=False)  # sums of such gradients, to find an overflow in
     versions: dict[int, int] = field(default_factory=dict, init=False)  # of such gradients, by parameter
+    reached: set[int] = field(default_factory=set, init=False)  # backward passes with such gradients
     eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
 
     def __post_init__(self) -> None:
@@ -172,16 +173,30 @@ class Watch:
         block = Block(call.part, s.group)
         try:
             return call.rule.contract(call.module, call.x, call.delta, s.u, s.v, block, weights)
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            self.problems[f"per-sample gradients failed: {str(error).splitlines()[0][:200]}"] = None
+        except Exception as error:  # the fallback runs code of the user's, on one sample at a time
+            self.problems[failure(error)] = None
             return None
 
     def merged(self, outer: dict[int, int]) -> list[Pass]:
-        """The passes, those inside checkpoints added to the pass around them."""
-        merged: dict[int, Pass] = {}
-        for backward, single in self.passes.items():
+        """The passes, those inside checkpoints added to the pass around them.
+
+        Without those that reached no parameter, such as one of `torch.autograd.grad` for the inputs.
+        """
+
+        def root(backward: int) -> int:
             while backward in outer:
                 backward = outer[backward]
+            return backward
+
+        # where shards are reduced, several passes may reach a parameter at once
+        counted = (
+            {root(backward) for backward in self.reached} if all(local(p) is p for p in self.parameters) else set()
+        )
+        merged: dict[int, Pass] = {}
+        for backward, single in self.passes.items():
+            backward = root(backward)
+            if counted and backward not in counted:
+                continue
             whole = merged.setdefault(backward, Pass(single.samples))
             if whole.samples != single.samples:
                 self.problems[UNPAIRED] = None
@@ -194,7 +209,13 @@ class Watch:
     def forget(self) -> None:
         """Drop what was received."""
         self.passes, self.problems = {}, {}
-        self.accumulated, self.eps, self.totals, self.versions = False, 0.0, [], {}
+        self.accumulated, self.eps, self.totals, self.versions, self.reached = False, 0.0, [], {}, set()
+
+
+def failure(error: Exception) -> str:
+    """What rows say where per-sample gradients cannot be had."""
+    first = (str(error).splitlines() or [""])[0][:200]
+    return f"per-sample gradients failed: {first or type(error).__name__}"
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -252,6 +273,8 @@ class _ForwardHook:
             return
         output = tap.rule.output(module, output)
         if output is None or not output.requires_grad or _is_symbolic(output):
+            return
+        if output.is_leaf:  # a parameter itself: a hook would stay on it
             return
         outer = torch._C._current_graph_task_id()  # not -1 inside a checkpoint that is run again
         if outer == -1 and tap.stale():
@@ -314,6 +337,7 @@ class _GradientHook:
     def __call__(self, parameter: Tensor) -> None:
         if self.switch.on:
             self.watch.accumulated = True
+            self.watch.reached.add(torch._C._current_graph_task_id())
             if parameter.grad is not None:
                 gradient = local(parameter.grad.detach())
                 half = gradient.is_floating_point() and gradient.element_size() < 4  # its sum may overflow by itself

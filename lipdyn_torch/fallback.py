@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -93,7 +94,9 @@ class FallbackRule(LayerRule):
         mapped = torch.func.vmap(pulled_back, (None, 0, *(None if a is None else 0 for a in axes)))
         for chunk in chunks(len(delta), weight.numel() + delta[0].numel()):
             part = [v if a is None else v.movedim(a, 0)[chunk] for v, a in zip(values, axes, strict=True)]
-            with _no_draws(), sdpa_kernel(SDPBackend.MATH):  # the others have no rule for vmap, and warn of it
+            # the other kernels have no rule for vmap, and torch warns of each function that is slow under it
+            with _no_draws(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
                 G = mapped(weight, delta[chunk], *part)
             yield torch.stack([self.matrices(module, block.part, (g,))[block.group] for g in G])
 
@@ -120,6 +123,8 @@ class FallbackRule(LayerRule):
         for part in twin.modules():
             for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
                 getattr(part, hooks).clear()
+            if getattr(part, "sparse", False):  # gradients of single samples are dense
+                part.sparse = False  # type: ignore[assignment]
         return twin
 
 
@@ -202,18 +207,24 @@ _ATTENTION_ARGUMENTS = (
 @contextlib.contextmanager
 def _no_draws() -> Iterator[None]:
     """Python's and NumPy's random numbers are left as they are, and whoever draws some is refused (as torch does)."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the user's own)
-    drawn = False
-    try:
+    with host_random_kept() as drawn:
         yield
-    finally:
-        now = np.random.get_state()  # noqa: NPY002
-        drawn = python != random.getstate() or not all(map(np.array_equal, numpy, now))
-        if drawn:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
     if drawn:
         raise NotImplementedError("a module that draws random numbers cannot be run again")
+
+
+@contextlib.contextmanager
+def host_random_kept() -> Iterator[list[bool]]:
+    """Python's and NumPy's global random numbers are put back; what is given then holds True if any were drawn."""
+    python, numpy, drawn = random.getstate(), np.random.get_state(), list[bool]()  # noqa: NPY002 (the user's own)
+    try:
+        yield drawn
+    finally:
+        now = np.random.get_state()  # noqa: NPY002
+        if python != random.getstate() or not all(map(np.array_equal, numpy, now)):
+            drawn.append(True)
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _detached(value: Any) -> Any:

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
+from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -39,6 +40,7 @@ _T = TypeVar("_T")
 BATCH_NORM = "BatchNorm mixes samples in training: noise terms are heuristic"
 UNEQUAL = "layers saw different numbers of samples"
 NO_SHARE = "samples had no gradient in any layer: if the loss ignores them, noise terms take them for zeros"
+CHANGED = "weight was changed since the last step"
 CLEARED = "step skipped: gradients were cleared without a step"
 
 
@@ -208,8 +210,10 @@ class LipschitzMonitor:
         process_group: Any = None,
         sinks: Iterable[Sink] = (),
     ) -> None:
+        if isinstance(sinks, str | PathLike) or not isinstance(sinks, Iterable):
+            raise TypeError(f"expected a list of sinks, got {sinks!r}; for a file [JsonLinesSink(path)]")
         sinks = list(sinks)
-        _check_types(model, optimizer, sinks)
+        _check_types(model, optimizer, reference, sinks)
         _check_settings(every, budget, warmup, noise, conv, sampling, dataset_size)
         dims = _batch_dims(model, batch_dim)
         self._model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
@@ -363,14 +367,17 @@ class LipschitzMonitor:
         if self._compiled:
             _EAGER.want(id(self), on)
 
+    @torch._disable_dynamo  # a compiled step calls the hooks as they are, like torch's own zero_grad
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read gradients, learning rates and noise while the weights are still the old ones."""
-        self._pending, self._inside = None, False
+        failed, self._pending, self._inside = self._pending, None, False
         if not self._schedule.due(self._step):
             return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
-            self._pending = self._read()
+            # the last call may not have come to its end, and this one be made with the same gradients
+            again = failed is not None and not any(watch.passes or watch.accumulated for watch in self._watches)
+            self._pending = failed if again else self._read()
             return None
         # With a closure the (last) backward pass happens inside the step: read after it, before the optimiser acts.
         self._inside = True
@@ -396,6 +403,7 @@ class LipschitzMonitor:
 
         return watched
 
+    @torch._disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compare with the new weights and write the rows."""
         due = self._schedule.due(self._step)
@@ -487,6 +495,7 @@ class LipschitzMonitor:
         ]
         outer.clear()
         _note_samples(caught)
+        self._note_changes(caught)
         if active(self._group):
             share(caught, self._group)
         settle(caught)
@@ -497,6 +506,16 @@ class LipschitzMonitor:
                 if layer.noise is not None:
                     layer.notes.append(BATCH_NORM)
         return [Measurement(layer, self._split, self._reference is not None) for layer in caught]
+
+    def _note_changes(self, layers: list[Caught]) -> None:
+        """Say which weights are not those that the last step left."""
+        last = self.history.rows[-len(layers) - 1 :]
+        if not last or last[0]["step"] != self._step - 1:
+            return
+        for layer, row in zip(layers, last, strict=False):
+            sigma = layer.spectrum.sigma
+            if sigma > 0 and abs(math.log(sigma) - row["z"] - row["dz"]) > 1e-9:
+                layer.notes.append(CHANGED)
 
     def _mean_gradient(self) -> dict[int, torch.Tensor] | None:
         """The reference gradient by parameter; the hooks look away meanwhile."""
@@ -517,8 +536,8 @@ class LipschitzMonitor:
         if any(watch.accumulated for watch in trained):
             raise SilentHookError(
                 f"expected the hooks on {', '.join(w.name for w in trained)} to see the backward pass, but gradients "
-                "came past them; if the model is compiled, give the monitor what torch.compile returned, "
-                "and make the monitor before the first training step"
+                "came past them; if the model is compiled, give the monitor what torch.compile returned, and make the "
+                "monitor before the first training step; a module of your own must return one tensor of its own"
             )
         raise NoBackwardError(
             f"expected a backward pass through a monitored layer ({', '.join(self.layers)}) before "
@@ -566,11 +585,13 @@ def _batch_dims(model: nn.Module, given: object) -> dict[str, int]:
     return dims
 
 
-def _check_types(model: object, optimizer: object, sinks: list[Any]) -> None:
+def _check_types(model: object, optimizer: object, reference: object, sinks: list[Any]) -> None:
     for name, value, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
         if not isinstance(value, kind):
             public = f"torch.{'nn.Module' if kind is nn.Module else 'optim.Optimizer'}"
             raise TypeError(f"expected a {public} as {name}, got {type(value).__name__}; call it (model, optimizer)")
+    if reference is not None and not callable(reference):
+        raise TypeError(f"expected reference(model) to give gradients, got {reference!r}; see MeanGradient")
     for sink in sinks:
         if not all(callable(getattr(sink, method, None)) for method in ("start", "write", "close")):
             raise ValueError(f"expected sinks with start, write and close, got {sink!r}; wrap a path in JsonLinesSink")

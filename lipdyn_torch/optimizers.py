@@ -138,7 +138,7 @@ def _sgd(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Ten
     if not 0.0 < beta < 1.0:
         return f"momentum {beta:g}: the responses to a gradient have no sum"
     held = state.get("momentum_buffer")
-    buffer = g if held is None else beta * full(held).to(g.dtype) + (1.0 - tau) * g
+    buffer = g if held is None else beta * _held(state, "momentum_buffer", g) + (1.0 - tau) * g
     gain = (1.0 - tau) / (1.0 - beta)
     return Response(gain * g, -lr * (g + beta * buffer if group["nesterov"] else buffer), gain)
 
@@ -178,7 +178,9 @@ def _adam(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Te
 def _held(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
     """A tensor of the optimiser's state in the precision of ``like``; zeros before the first step."""
     held = state.get(name)
-    return torch.zeros_like(like) if held is None else full(held).to(like.dtype)
+    if held is None:
+        return torch.zeros_like(like)
+    return (held.to_dense() if held.is_sparse else full(held)).to(like.dtype)
 
 
 _RESPONSES: dict[type[Optimizer], Callable[..., Response | str]] = {

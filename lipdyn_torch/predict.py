@@ -88,6 +88,8 @@ def observed(history: History | pd.DataFrame, layer: str = NETWORK) -> tuple[NDA
 def pathwise(history: History | pd.DataFrame, order: int = 2, layer: str = NETWORK) -> Prediction:
     """Sum of the changes of log sigma to the given order along the actual updates (theory 2.7).
 
+    What else happens to the weights between two steps (clipping them, say) is taken as observed.
+
     Parameters
     ----------
     order : {1, 2, 3}
@@ -113,7 +115,9 @@ def pathwise(history: History | pd.DataFrame, order: int = 2, layer: str = NETWO
         raise ValueError(
             f"expected every step, got steps {step[0]} to {step[-1]} with gaps; monitor with every=1 to sum changes"
         )
-    changes = rows[f"dz{order}"].to_numpy(float)
+    changes = rows[f"dz{order}"].to_numpy(float, copy=True)
+    between = z[1:-1] - (z[:-2] + rows["dz"].to_numpy(float)[:-1])  # what happened to the weights besides the steps
+    changes[:-1] += np.where(np.abs(between) > 1e-9, between, 0.0)
     predicted = z[0] + np.concatenate([[0.0], np.cumsum(changes)])
     exact = int((rows["mode"] == "exact").sum()) if "mode" in rows else 0
     return Prediction(f"pathwise, order {order}", step, predicted, z, _certificate(history, order, layer), exact)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lipdyn_torch.fallback import host_random_kept
 
 __all__ = ["MeanGradient"]
 
@@ -14,8 +17,8 @@ __all__ = ["MeanGradient"]
 class MeanGradient:
     """The mean gradient of a loss over batches, at the present weights, without a trace in the training.
 
-    The model runs with copies of its buffers, and the random number generators of torch are put back; forward
-    hooks of one's own on its modules are called.
+    The model runs with copies of its buffers, and the random number generators of torch, NumPy and Python, and those of
+    a data loader, are put back; forward hooks of one's own on its modules are called.
 
     Parameters
     ----------
@@ -58,7 +61,7 @@ class MeanGradient:
         devices = {p.device.index for p in named.values() if p.is_cuda}
         totals = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
         count = 0
-        with torch.random.fork_rng(devices=list(devices)):
+        with torch.random.fork_rng(devices=list(devices)), host_random_kept(), _generators_kept(self.batches):
             for batch in self._chosen():
                 size = _length(batch)
                 for name, g in self._gradients(model, named, batch).items():
@@ -89,6 +92,20 @@ class MeanGradient:
                 return _by_backward(loss, named)
             gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         return {name: g for name, g in zip(named, gradients, strict=True) if g is not None}
+
+
+@contextlib.contextmanager
+def _generators_kept(loader: Any) -> Iterator[None]:
+    """The random number generators that a data loader and its samplers hold are put back."""
+    batches = getattr(loader, "batch_sampler", None)
+    samplers = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    held = [getattr(sampler, "generator", None) for sampler in samplers]
+    states = [(g, g.get_state()) for g in held if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def _by_backward(loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tensor]:

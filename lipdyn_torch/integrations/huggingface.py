@@ -42,7 +42,8 @@ class LipschitzCallback(TrainerCallback):
     The Trainer clips gradients by their norm by default. The monitor finds the factor and takes it into account; the
     status of such a step names it.
 
-    With each checkpoint its state is saved as ``lipdyn_monitor.pt``; training resumed from a checkpoint in
+    With each checkpoint its state is saved as ``lipdyn_monitor.pt``, that of a callback for a part of the model as
+    ``lipdyn_monitor.PART.pt``; training resumed from a checkpoint in
     ``output_dir`` continues history and step count. The Trainer does not tell callbacks of exceptions: after one,
     call `close`.
 
@@ -52,8 +53,6 @@ class LipschitzCallback(TrainerCallback):
     >>> callback.monitor is None  # until Trainer(model, args, callbacks=[callback], ...).train()
     True
     """
-
-    FILE = "lipdyn_monitor.pt"
 
     def __init__(self, module: str | None = None, **settings: Any) -> None:
         super().__init__()
@@ -95,8 +94,13 @@ class LipschitzCallback(TrainerCallback):
         if self.monitor is not None:
             self.monitor.close()
 
+    @property
+    def file_name(self) -> str:
+        """Of the state in a checkpoint."""
+        return "lipdyn_monitor.pt" if self._module is None else f"lipdyn_monitor.{self._module}.pt"
+
     def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
         name = f"checkpoint-{state.global_step}"
         folders = [Path(str(args.output_dir)) / name, *Path(str(args.output_dir)).glob(f"run-*/{name}")]  # of a search
         present = [folder for folder in folders if folder.is_dir()]
-        return max(present, key=lambda folder: folder.stat().st_mtime, default=folders[0]) / self.FILE
+        return max(present, key=lambda folder: folder.stat().st_mtime, default=folders[0]) / self.file_name

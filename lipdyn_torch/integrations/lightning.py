@@ -28,7 +28,8 @@ class LipschitzCallback(Callback):
     optimizer : int
         Which optimiser, where the module has several.
     log : bool
-        Log ``lipschitz_log_k`` with each step, to the Trainer's loggers and progress bar.
+        Log ``lipschitz_log_k`` with each step, to the Trainer's loggers and progress bar; the names of a part and of an
+        optimiser but the first are put behind it, as in ``lipschitz_log_k_critic_1``.
     **settings
         Passed on to `LipschitzMonitor`: ``every``, ``noise``, ``sinks`` ...
 
@@ -40,6 +41,7 @@ class LipschitzCallback(Callback):
     Notes
     -----
     Its state is in Lightning's checkpoints: training resumed with ``ckpt_path=`` continues history and step count.
+    Several callbacks may watch several parts, or the parts of several optimisers.
 
     Examples
     --------
@@ -53,6 +55,11 @@ class LipschitzCallback(Callback):
         self.monitor: LipschitzMonitor | None = None
         self._module, self._optimizer, self._log, self._settings = module, optimizer, log, settings
         self._restored: dict[str, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Tells the states of several callbacks in a checkpoint apart."""
+        return self._generate_state_key(module=self._module, optimizer=self._optimizer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach, now that the optimisers are there and checkpoints have been loaded."""
@@ -72,7 +79,9 @@ class LipschitzCallback(Callback):
     ) -> None:
         """Log the bound."""
         if self._log and self.monitor is not None:
-            pl_module.log("lipschitz_log_k", self.monitor.log_k, on_step=True, on_epoch=False, prog_bar=True)
+            parts = [self._module, str(self._optimizer) if self._optimizer else None]
+            name = "_".join(["lipschitz_log_k", *filter(None, parts)])
+            pl_module.log(name, self.monitor.log_k, on_step=True, on_epoch=False, prog_bar=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detach."""

@@ -134,3 +134,18 @@ def test_a_checkpoint_without_the_monitor(tmp_path, caplog):
     train(tmp_path, callback, resume=str(tmp_path / "checkpoint-3"), save_strategy="no")
     assert callback.monitor.history.steps == [0, 1, 2]
     assert "lipdyn_monitor.pt: monitored steps are counted from 0 again" in caplog.text
+
+
+def test_several_callbacks_have_states_of_their_own(tmp_path, reference):
+    def parts():
+        return [LipschitzCallback(name) for name in ("bert.pooler", "classifier")]
+
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    train(tmp_path, *parts(), **saving)
+    both = parts()
+    train(tmp_path, *both, resume=str(tmp_path / "checkpoint-3"), **saving)
+    for callback, layer in zip(both, ("bert.pooler.dense", "classifier"), strict=True):
+        found = callback.monitor.history.to_pandas()
+        own, expected = found[found["layer"] != "network"], reference[reference["layer"] == layer]
+        assert own["step"].tolist() == list(range(STEPS))
+        assert own["mu"].to_numpy() == pytest.approx(expected["mu"].to_numpy(), rel=1e-9)

@@ -137,3 +137,19 @@ def test_resumed_training_continues_the_history(data, tmp_path):
     callback = LipschitzCallback()
     fit(data, tmp_path, callback, epochs=2, ckpt_path=checkpoint)
     pd.testing.assert_frame_equal(callback.monitor.history.to_pandas(), plain(data), rtol=1e-12, atol=1e-15)
+
+
+def test_several_callbacks_have_states_of_their_own(data, tmp_path):
+    def parts():
+        return [LipschitzCallback(f"net.{index}") for index in (0, 2)]
+
+    _, trainer = fit(data, tmp_path, *parts(), epochs=1)
+    assert {"lipschitz_log_k_net.0", "lipschitz_log_k_net.2"} <= set(trainer.callback_metrics)
+    both = parts()
+    fit(data, tmp_path, *both, epochs=2, ckpt_path=next(tmp_path.rglob("*.ckpt")))
+    for callback, layer in zip(both, ("net.0", "net.2"), strict=True):
+        table, found = plain(data), callback.monitor.history.to_pandas()
+        own = found[found["layer"] != "network"]
+        for column in ("sigma", "mu", "kappa", "lambda_sq", "dz3"):
+            expected = table[table["layer"] == layer][column].to_numpy()
+            assert own[column].to_numpy() == pytest.approx(expected, rel=1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lipdyn_torch import LipschitzMonitor, NoSupportedLayerError, moments, sde
+from lipdyn_torch import LipschitzMonitor, NoSupportedLayerError, moments, pathwise, sde
 from lipdyn_torch.dynamics import bridge_variance, epoch_means
 from lipdyn_torch.layers import _RULES, register_rule
 from lipdyn_torch.low_rank import LowRankSumRule
 from lipdyn_torch.noise import common_factor
 from lipdyn_torch.optimizers import Response
+from lipdyn_torch.reference import MeanGradient
 
 
 @pytest.fixture(autouse=True)
@@ -461,3 +463,275 @@ def test_skipped_steps_add_nothing_to_predictions():
     assert prediction.predicted[2] == prediction.predicted[3]
     assert prediction.max_error < 1e-3
     assert np.isfinite(moments(monitor.history, gradient="batch").log_mean).all()
+
+
+# --- modules, gradients and optimisers that the monitor was not made for ---------------------------------------------
+
+
+class Refuses(nn.Module):
+    """Fails on single samples, in one way or another."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.weight, self.way = nn.Parameter(torch.randn(3, 6)), way
+
+    def forward(self, x):
+        assert self.way != "even" or len(x) % 2 == 0
+        if self.way == "pairs":
+            x = x - x[[*range(1, 8), 0]]
+        if self.way == "table":
+            x = x * {8: 1.0}[len(x)]
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("noise", ["full", "split", "factor"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("way", ["even", "pairs", "table"])
+def test_a_module_that_cannot_be_run_on_one_sample(way, optimizer, noise):
+    model = Refuses(way)
+    optimizer = optimizer(model.parameters(), lr=0.1)
+    with LipschitzMonitor(model, optimizer, noise=noise) as monitor:
+        train(model, optimizer)
+    row = monitor.history.rows[0]
+    assert row["status"].startswith("per-sample gradients failed")
+    assert math.isnan(row["mu"])
+    assert math.isfinite(row["dz3"])
+
+
+def test_a_rule_of_ones_own_that_fails_at_the_squares():
+    class Rule(_RULES[nn.Linear].__class__):
+        def sum_of_squares(self, module, x, delta, block):
+            raise KeyError("no squares")
+
+    kept = _RULES[nn.Linear]
+    register_rule(nn.Linear, Rule())
+    try:
+        model = mlp()
+        with LipschitzMonitor(model, sgd(model), noise="split") as monitor:
+            train(model, monitor._optimizer)
+    finally:
+        register_rule(nn.Linear, kept)
+    assert statuses(monitor)["0"] == "per-sample gradients failed: 'no squares'"
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_with_momentum(kind):
+    torch.manual_seed(0)
+    rows = []
+    for sparse in (True, False):
+        torch.manual_seed(1)
+        model = nn.Sequential(kind(10, 4, sparse=sparse), nn.Flatten(), nn.LazyLinear(2)).double()
+        index = torch.randint(0, 10, (5, 3))
+        model(index)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with LipschitzMonitor(model, optimizer) as monitor:
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(index).square().mean().backward()
+                optimizer.step()
+        rows.append(monitor.history.rows)
+    for row, expected in zip(*rows, strict=True):
+        assert row["status"] == "ok"
+        for column in ("mu", "kappa", "lambda_sq", "dz3"):
+            assert math.isclose(row[column], expected[column], rel_tol=1e-9, abs_tol=1e-14)
+
+
+@pytest.mark.parametrize("projection", ["clip", "rescale"])
+def test_weights_changed_between_steps(projection):
+    """The certificate is of the steps; what happens besides is taken as observed, and named in the next row."""
+    model = mlp().double()
+    optimizer = sgd(model, 0.05)
+    x = torch.randn(8, 6, dtype=torch.float64)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for _ in range(12):
+            train(model, optimizer, x)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.clamp_(-0.3, 0.3) if projection == "clip" else p.mul_(0.9)
+    assert "weight was changed since the last step" in statuses(monitor)["0"]
+    assert statuses(monitor, 0)["0"] == "ok"
+    for order in (1, 2, 3):
+        path = pathwise(monitor.history, order)
+        assert np.all(np.abs(path.error) <= path.half_width + 1e-12)
+    assert path.max_error < 1e-4
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_gradients_of_the_inputs_beside_those_of_the_weights(order, micro):
+    """A saliency map, or an adversarial search, has a backward pass of its own that reaches no weight."""
+    rows = []
+    for other in (True, False):
+        torch.manual_seed(3)
+        model = mlp().double()
+        optimizer = sgd(model)
+        x = torch.randn(8, 6, dtype=torch.float64)
+
+        def search(model=model, x=x, other=other):
+            if other:
+                xx = x.clone().requires_grad_()
+                torch.autograd.grad(model(xx).square().mean(), xx)
+
+        with LipschitzMonitor(model, optimizer) as monitor:
+            for _ in range(2):
+                optimizer.zero_grad()
+                for part in x.chunk(micro):
+                    if order == "before":
+                        search()
+                    (model(part).square().mean() / micro).backward()
+                    if order == "after":
+                        search()
+                optimizer.step()
+        rows.append(monitor.history.rows)
+    for row, expected in zip(*rows, strict=True):
+        assert row["status"] == "ok"
+        assert row["batch"] == 8
+        for column in ("mu", "kappa", "lambda_sq", "gHg", "dz3"):
+            assert row[column] == pytest.approx(expected[column], rel=1e-12, nan_ok=True)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_frozen_with_a_gradient_left(optimizer):
+    """What is frozen by requires_grad alone goes on moving where its gradient is kept: by decay and momentum."""
+    model = mlp()
+    settings = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    optimizer = optimizer(model.parameters(), lr=0.05, weight_decay=0.1, **settings)
+    x = torch.randn(8, 6)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for step in range(4):
+            if step == 2:
+                model[0].requires_grad_(False)
+            optimizer.zero_grad(set_to_none=step == 3)
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert statuses(monitor, 2)["0"] == "frozen with a gradient left, by which the optimizer still moves it"
+    row = next(row for row in monitor.history if row["step"] == 2 and row["layer"] == "0")
+    assert math.isnan(row["mu"])
+    assert abs(row["dz"]) > 1e-4
+    assert statuses(monitor, 3)["0"] == "frozen"
+
+
+def test_a_module_that_returns_its_parameter():
+    class Position(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self):
+            return self.weight
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.position, self.head = Position(), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(x + self.position())
+
+    model = Model()
+    optimizer = sgd(model)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for _ in range(3):
+            train(model, optimizer, torch.randn(8, 4, 6))
+    assert not model.position.weight._backward_hooks
+    assert statuses(monitor)["head"] == "ok"
+    assert "past the monitor" in statuses(monitor)["position.weight"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own
+def test_a_compiled_step():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        step = torch.compile(lambda: optimizer.step(), backend="eager")
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(8, 6)).square().mean().backward()
+            step()
+    assert {row["status"] for row in monitor.history} == {"ok"}
+    torch._dynamo.reset()
+
+
+def test_a_step_that_is_made_again():
+    model = mlp()
+    optimizer, failures = sgd(model), [True]
+
+    def fails_once(*args):
+        if failures:
+            failures.pop()
+            raise RuntimeError("not yet")
+
+    with LipschitzMonitor(model, optimizer) as monitor:
+        optimizer.register_step_pre_hook(fails_once)
+        model(torch.randn(8, 6)).square().mean().backward()
+        with pytest.raises(RuntimeError, match="not yet"):
+            optimizer.step()
+        optimizer.step()
+        train(model, optimizer)
+    assert {row["status"] for row in monitor.history} == {"ok"}
+    assert monitor.history.steps == [0, 1]
+
+
+def test_an_expert_without_samples():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            to = x[:, 0] > 100.0
+            out = x.new_zeros(len(x), 3)
+            out[~to], out[to] = self.first(x[~to]), self.second(x[to])
+            return out
+
+    model = Experts()
+    with LipschitzMonitor(model, sgd(model)) as monitor:
+        train(model, monitor._optimizer)
+    assert statuses(monitor)["first"] == "ok"
+    assert statuses(monitor)["second"] == "no samples reached this layer"
+
+
+def test_what_is_refused_at_once():
+    model = mlp()
+    for sinks in ("rows.jsonl", Path("rows.jsonl"), None, 5):
+        with pytest.raises(TypeError, match=r"expected a list of sinks, got .*; for a file \[JsonLinesSink\(path\)\]"):
+            LipschitzMonitor(model, sgd(model), sinks=sinks)
+    with pytest.raises(TypeError, match=r"expected reference\(model\) to give gradients, got 5"):
+        LipschitzMonitor(model, sgd(model), reference=5)
+
+
+@pytest.mark.parametrize("kind", ["full", "independent"])
+def test_a_reference_from_the_very_loader_of_the_training(kind):
+    """Its generator, NumPy's and Python's are as they were; another monitor does not take its passes for training."""
+
+    class Noisy(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            return torch.full((6,), float(index)) + np.random.rand() + random.random()  # noqa: NPY002
+
+    def run(watched):
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        random.seed(0)
+        model = mlp()
+        optimizer = sgd(model, 0.001)
+        loader = torch.utils.data.DataLoader(
+            Noisy(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(1)
+        )
+        monitors = []
+        if watched:
+            reference = MeanGradient(loader, lambda model, x: model(x).square().mean(), kind)
+            monitors = [LipschitzMonitor(model, optimizer, reference=reference), LipschitzMonitor(model, optimizer)]
+        for _ in range(2):
+            for x in loader:
+                train(model, optimizer, x)
+        for monitor in monitors:
+            assert {row["status"] for row in monitor.history} == {"ok"}
+            assert {row["batch"] for row in monitor.history} == {4}
+            monitor.close()
+        return list(model.parameters())
+
+    for p, q in zip(run(True), run(False), strict=True):
+        assert torch.equal(p, q)
