@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lipdyn_torch.dynamics import moving_average, step_increments
 from lipdyn_torch.history import NETWORK, History, as_frame
-from lipdyn_torch.predict import SDE, Prediction, observed, pathwise, sde
+from lipdyn_torch.predict import SDE, Prediction, from_known, observed, pathwise, sde
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,10 +33,11 @@ __all__ = [
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"),
 )
-LAYER_STYLES = [
-    *[(BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (PURPLE, (0, (5, 1, 1, 1, 1, 1))), (SKY, (0, (1, 1)))],
-    *[(ORANGE, "-"), (BLACK, "--")],
-]
+#: Of layers: seven colours and five dash patterns, paired differently 35 times over.
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY, ORANGE, BLACK)
+DASHES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+#: So many layers have a curve of their own; the others share a style.
+NAMED, OTHERS = 21, ("#BBBBBB", "-")
 PREDICTOR_STYLES = [(VERMILION, "--"), (BLUE, "-."), (GREEN, (0, (1, 1)))]
 REST = "rest, not in the SDE"
 #: Of the areas of `forces_figure`: colour and hatching tell them apart.
@@ -79,7 +80,7 @@ def summary_figure(history: History | pd.DataFrame, context: str = "paper") -> F
     Parameters
     ----------
     history : History or DataFrame
-        At least two monitored steps.
+        At least one monitored step.
     context : {"paper", "slide"}
 
     Examples
@@ -108,7 +109,7 @@ def log_k_figure(history: History | pd.DataFrame, context: str = "paper") -> Fig
     Parameters
     ----------
     history : History or DataFrame
-        At least two monitored steps. The band needs ``sampling`` and, for shuffled batches, ``dataset_size``.
+        At least one monitored step. The band needs ``sampling`` and, for shuffled batches, ``dataset_size``.
     context : {"paper", "slide"}
     """
     with _figure(context, 2.8) as figure:
@@ -128,7 +129,7 @@ def forces_figure(history: History | pd.DataFrame, context: str = "paper") -> Fi
     Parameters
     ----------
     history : History or DataFrame
-        At least two monitored steps; a monitored step stands for all up to the next.
+        At least one monitored step; a monitored step stands for all up to the next.
     context : {"paper", "slide"}
 
     Examples
@@ -167,13 +168,14 @@ def heatmap_figure(history: History | pd.DataFrame, context: str = "paper") -> F
     Parameters
     ----------
     history : History or DataFrame
-        At least two monitored steps.
+        At least one monitored step.
     context : {"paper", "slide"}
     """
-    frame = as_frame(history)
+    frame = _rows_of(history)
     layers = [name for name in frame["layer"].unique() if name != NETWORK]
     tables = {column: _by_layer(frame, column, layers) for column in ("z", "mu", "lambda_sq")}
-    tables["z"] = tables["z"] - tables["z"][:, :1]
+    start = np.isfinite(tables["z"]).argmax(axis=1)  # a layer that is zero at first has no logarithm
+    tables["z"] = tables["z"] - np.take_along_axis(tables["z"], start[:, None], axis=1)
     titles = ["change of log sigma  (nats)", "drift $\\mu$", "noise $\\lambda^2$"]
     step = np.unique(frame["step"].to_numpy(int))
     edges = np.unique(np.linspace(0, len(step), min(200, len(step)) + 1).astype(int))
@@ -203,7 +205,7 @@ def validity_figure(history: History | pd.DataFrame, context: str = "paper") -> 
         At least one monitored step.
     context : {"paper", "slide"}
     """
-    frame = as_frame(history)
+    frame = _rows_of(history)
     with _figure(context, 3.0) as figure:
         left, right = figure.subplots(1, 2)
         for axes, column in ((left, "gap"), (right, "eps")):
@@ -211,7 +213,7 @@ def validity_figure(history: History | pd.DataFrame, context: str = "paper") -> 
                 rows = frame[frame["layer"] == name]
                 values = rows[column].to_numpy(float)
                 positive = np.where(values > 0, values, np.nan)
-                axes.plot(rows["step"], positive, color=color, linestyle=dash, label=name)
+                axes.plot(rows["step"], positive, color=color, linestyle=dash, label=_label(name))
             axes.set_yscale("log")
             axes.set_xlabel("optimiser step")
         left.set(title="isolation of the largest singular value", ylabel="gap $d$  (unit of the weights)")
@@ -242,7 +244,7 @@ def split_figure(history: History | pd.DataFrame, context: str = "paper") -> Fig
     ValueError
         The parts were not measured.
     """
-    frame = as_frame(history)
+    frame = _rows_of(history)
     if "kappa_var" not in frame:
         raise ValueError(
             "expected a history with variance and covariance parts, got one without; monitor with noise='split'"
@@ -296,12 +298,13 @@ def error_panel(axes: Axes, predictions: list[Prediction]) -> None:
     """Absolute errors of the predictions, and the width of the SDE's band, on a logarithmic axis."""
     for prediction, (color, dash) in zip(predictions, PREDICTOR_STYLES, strict=False):
         error = np.abs(prediction.error)
-        axes.semilogy(prediction.step[1:], error[1:], color=color, linestyle=dash, label=prediction.name)
+        axes.plot(prediction.step[1:], error[1:], color=color, linestyle=dash, label=prediction.name)
         if prediction.name == SDE and np.isfinite(prediction.half_width).all():
             sd = np.where(prediction.half_width > 0, prediction.half_width, np.nan)
             axes.fill_between(prediction.step, sd, color=color, alpha=0.18, linewidth=0, label="SDE, 1 sd")
     top = max((float(np.nanmax(np.abs(p.error), initial=0.0)) for p in predictions), default=0.0)
     if top > 0.0:
+        axes.set_yscale("log")
         axes.set_ylim(1e-9 * top, 10 * top)  # below that is rounding
     axes.set(xlabel="optimiser step", ylabel="|predicted - observed|  (nats)", title="Error of the predictors")
     axes.legend(loc="best")
@@ -309,7 +312,7 @@ def error_panel(axes: Axes, predictions: list[Prediction]) -> None:
 
 def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
     """Drift, noise curvature and noise of each layer in three panels, as moving averages."""
-    frame = as_frame(history)
+    frame = _rows_of(history)
     titles = {
         "mu": "drift $\\mu$",
         "kappa": "noise curvature $\\kappa$",
@@ -321,12 +324,24 @@ def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
             rows = frame[frame["layer"] == name]
             mean = moving_average(rows[column].to_numpy(float), window)
             at = moving_average(rows["step"].to_numpy(float), window)
-            axes.plot(at, mean, color=color, linestyle=dash, label=name)
+            axes.plot(at, mean, color=color, linestyle=dash, label=_label(name))
         axes.set(xlabel="optimiser step", title=title)
-        if column != "mu" and np.nansum(frame[column].to_numpy(float)) > 0:
+        known = frame[column].to_numpy(float)
+        if column != "mu" and np.nansum(known) > 0:
             axes.set_yscale("log")
+        if not np.isfinite(known).any():
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "not known:\nsee status", transform=axes.transAxes, ha="center", va="center")
     panels[0].axhline(0.0, color=BLACK, linewidth=0.5)
     panels[0].set_ylabel(f"per unit time (one step = lr),\nmean of {window} steps")
+
+
+def _rows_of(history: History | pd.DataFrame) -> pd.DataFrame:
+    """All rows, of which there must be some."""
+    frame = as_frame(history)
+    if len(frame) == 0:
+        raise ValueError("expected rows to draw, got a history without any: no step has been measured yet")
+    return frame
 
 
 def _predictions(history: History | pd.DataFrame) -> list[Prediction]:
@@ -340,7 +355,7 @@ def _predictions(history: History | pd.DataFrame) -> list[Prediction]:
 
 def _contributions(history: History | pd.DataFrame) -> tuple[NDArray, NDArray, int]:
     """Steps (n + 1,), what each of `FORCES` has added by then (4, n + 1), and the number of steps without terms."""
-    frame = as_frame(history)
+    frame = from_known(_rows_of(history))
     rows = frame[frame["layer"] == NETWORK]
     step, z = observed(frame)
     m, c, _ = step_increments(rows["lr"], rows["mu"], rows["kappa"], rows["lambda_sq"])
@@ -379,19 +394,25 @@ def _colours(values: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def _layer_styles(frame: pd.DataFrame) -> Iterator[tuple[str, str, Any]]:
-    """Name, colour and dash pattern of each layer."""
+    """Name, colour and dash pattern of each layer; those without a style of their own come first, below the others."""
     layers = [name for name in frame["layer"].unique() if name != NETWORK]
-    for index, name in enumerate(layers):
-        color, dash = LAYER_STYLES[index % len(LAYER_STYLES)]
-        yield name, color, dash
+    for name in layers[NAMED:]:
+        yield name, *OTHERS
+    for index, name in enumerate(layers[:NAMED]):
+        yield name, COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
 
 
 def _legend_below(figure: Any, axes: Axes) -> None:
-    """One legend for all panels; of many layers, the first 21."""
+    """One legend for all panels."""
     handles, labels = axes.get_legend_handles_labels()
-    more = [f"and {len(labels) - 21} more"] if len(labels) > 21 else []
-    handles, labels = handles[: 21 + len(more)], labels[:21] + more
+    if others := max(0, len(labels) - NAMED):  # which come first
+        handles, labels = [*handles[others:], handles[0]], [*labels[others:], f"and {others} more"]
     figure.legend(handles, labels, loc="outside lower center", ncols=min(7, len(labels)), handlelength=3)
+
+
+def _label(name: str) -> str:
+    """A layer's name for the legend, from which Matplotlib leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _window(frame: pd.DataFrame) -> int:

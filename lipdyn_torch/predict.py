@@ -29,7 +29,18 @@ from lipdyn_torch.history import NETWORK, History, as_frame
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["SDE", "Moments", "Prediction", "forecast", "increments", "moments", "observed", "pathwise", "sde"]
+__all__ = [
+    "SDE",
+    "Moments",
+    "Prediction",
+    "forecast",
+    "from_known",
+    "increments",
+    "moments",
+    "observed",
+    "pathwise",
+    "sde",
+]
 
 
 #: Where the drift comes from, the name says (theory 2.7).
@@ -79,8 +90,8 @@ class Prediction:
 
 
 def observed(history: History | pd.DataFrame, layer: str = NETWORK) -> tuple[NDArray, NDArray]:
-    """Steps (n + 1,) and observed log K (or log sigma of a layer) at them."""
-    rows = _rows(history, layer)
+    """Steps (n + 1,) and observed log K (or log sigma of a layer) at them, from the first at which it is known."""
+    rows = _rows(from_known(history, layer), layer)
     z, dz = rows["z"].to_numpy(float), rows["dz"].to_numpy(float)
     return _step_axis(rows), np.append(z, z[-1] + dz[-1])
 
@@ -109,6 +120,7 @@ def pathwise(history: History | pd.DataFrame, order: int = 2, layer: str = NETWO
     """
     if order not in (1, 2, 3):
         raise ValueError(f"expected order 1, 2 or 3, got {order!r}; higher orders are not recorded")
+    history = from_known(history, layer)
     rows = _rows(history, layer)
     step, z = observed(history, layer)
     if np.any(np.diff(step) != 1):
@@ -155,7 +167,7 @@ def sde(
     >>> prediction.predicted.tolist(), prediction.half_width.tolist()
     ([1.0, 1.13], [0.0, 0.2])
     """
-    path = _path(_moves(history), layer, gradient, sampling, dataset_size)
+    path = _path(_moves(from_known(history, layer)), layer, gradient, sampling, dataset_size)
     step, z = observed(history, layer)
     return Prediction(f"SDE, {gradient} gradient", step, path.mean, z, np.sqrt(path.variance))
 
@@ -212,7 +224,7 @@ def moments(
     >>> found.z_mean.tolist(), [round(x, 12) for x in found.log_mean.tolist()]  # 1 + 0.15 - 0.04/2, and + 0.06/2
     ([1.0, 1.13], [1.0, 1.16])
     """
-    path = _path(_moves(history), layer, gradient, sampling, dataset_size, independent_layers)
+    path = _path(_moves(from_known(history, layer)), layer, gradient, sampling, dataset_size, independent_layers)
     step, _ = observed(history, layer)
     log_mean = path.mean + path.variance / 2
     return Moments(step, path.mean, np.sqrt(path.variance), log_mean, log_sd_k(log_mean, path.variance))
@@ -316,7 +328,7 @@ def forecast(
     >>> ahead.name, ahead.step.tolist(), [round(z, 12) for z in ahead.predicted.tolist()]
     ('forecast from step 1', [1, 2, 3], [0.1, 0.2, 0.3])
     """
-    frame = _moves(history)
+    frame = _moves(from_known(history, layer))
     rows = _rows(frame, layer)
     axis, z = observed(frame, layer)
     past = rows[rows["step"] < at].tail(window)
@@ -376,6 +388,16 @@ def _certificate(history: History | pd.DataFrame, order: int, layer: str) -> NDA
     return np.concatenate([[0.0], np.cumsum(per_step)])
 
 
+def from_known(history: History | pd.DataFrame, layer: str = NETWORK) -> pd.DataFrame:
+    """The rows from the first step on at which log sigma is known: as long as a weight is zero it is not."""
+    frame = as_frame(history)
+    if "z" not in frame:
+        return frame
+    z = frame.loc[frame["layer"] == layer, ["step", "z"]]
+    first = z.loc[np.isfinite(z["z"].to_numpy(float)), "step"].min()
+    return frame[frame["step"] >= first] if first > z["step"].min() else frame
+
+
 def _moves(history: History | pd.DataFrame) -> pd.DataFrame:
     """The rows, with zeros for what is not known of a step that left the weights as they were: a loss scaler's skip."""
     frame = as_frame(history)
@@ -390,7 +412,9 @@ def _rows(history: History | pd.DataFrame, layer: str) -> pd.DataFrame:
     frame = as_frame(history)
     rows = frame[frame["layer"] == layer]
     if len(rows) == 0:
-        names = ", ".join(map(repr, frame["layer"].unique())) or "no rows at all"
+        if len(frame) == 0:
+            raise ValueError("expected a history with rows, got one without any: no step has been measured yet")
+        names = ", ".join(map(repr, frame["layer"].unique()))
         raise ValueError(f"expected a layer of the history, got {layer!r}; there are {names}")
     return rows
 

@@ -37,9 +37,13 @@ def keep_freed_memory() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 where points failed, or 2 for wrong use."""
+    """Run the command; returns the exit status: 0, 1 where points failed, 2 for wrong use, 130 where interrupted."""
     options = _parser().parse_args(arguments)
-    return int(options.run(options))
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print(f"\nlipdyn: interrupted; {options.kept}", file=sys.stderr)
+        return 130
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -69,7 +73,7 @@ def _reproduce(options: argparse.Namespace) -> int:
     from lipdyn_torch.experiments.runner import PointFailedError, ReproduceConfig, reproduce
 
     try:
-        settings = {key: value for key, value in vars(options).items() if key != "run"}
+        settings = {key: value for key, value in vars(options).items() if key not in ("run", "kept")}
         config = ReproduceConfig(**settings)
         done = reproduce(config)
     except PointFailedError as error:
@@ -104,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo(demo: argparse.ArgumentParser) -> None:
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, kept="the rows so far are in the output folder")
     demo.add_argument("--steps", type=int, default=500, help="optimiser steps")
     demo.add_argument("--batch-size", type=int, default=64, help="samples per step")
     demo.add_argument("--lr", type=float, default=0.02, help="learning rate of SGD")
@@ -117,7 +121,7 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
 def _add_reproduce(command: argparse.ArgumentParser) -> None:
     from lipdyn_torch.experiments.registry import NAMES
 
-    command.set_defaults(run=_reproduce)
+    command.set_defaults(run=_reproduce, kept="finished points are kept: the same command goes on from there")
     command.add_argument("name", help=f"all, or one of {', '.join(NAMES)}")
     command.add_argument("--preset", default="quick", help="quick (minutes) or paper (its steps, batches, replicates)")
     command.add_argument("--data", default="digits", help="digits (bundled), mnist, cifar10 or cifar100")

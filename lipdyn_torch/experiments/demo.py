@@ -49,6 +49,7 @@ class DemoConfig:
                 raise ValueError(f"expected {name} of at least {low}, got {getattr(self, name)}")
         if not (self.lr > 0 and np.isfinite(self.lr)):
             raise ValueError(f"expected a positive finite lr, got {self.lr}")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,8 @@ def report(result: DemoResult) -> str:
     names = {"drift": "drift", "curvature": "noise curvature", "noise": "noise, -lambda^2/2"}
     for key, name in {**names, "remainder": "not in the SDE"}.items():
         value = getattr(result, key)
-        lines.append(f"  {name:<20} {value:+9.5f}   {100 * value / change:+8.3f} %")
+        share = f"{100 * value / change:+8.3f} %" if abs(change) > 1e-12 else "       -"
+        lines.append(f"  {name:<20} {value:+9.5f}   {share}")
     lines += ["", "error of log K            largest        final"]
     for name, (largest, final) in result.errors.items():
         lines.append(f"  {name:<20} {largest:10.3e}   {final:+10.3e}")
@@ -190,7 +192,13 @@ def save(result: DemoResult, config: DemoConfig, folder: Path) -> None:
 
 def check_device(name: str) -> None:
     try:
-        torch.empty(0, device=name)
+        float(torch.ones(1, device=name).sum())
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise ValueError(f"expected a device torch can use here, got {name!r} ({reason}); try cpu") from error
+
+
+def check_seed(seed: int) -> None:
+    """Raise unless all the libraries take it."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"expected a seed from 0 to {2**32 - 1}, got {seed}")

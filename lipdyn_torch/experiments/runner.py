@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lipdyn_torch.errors import LipdynError
 from lipdyn_torch.experiments.cli import keep_freed_memory
+from lipdyn_torch.experiments.demo import check_device, check_seed
 from lipdyn_torch.experiments.registry import NAMES, Context, Experiment, Point, Row, Summary, find
 from lipdyn_torch.experiments.store import RunFolder
 
@@ -56,6 +57,7 @@ class ReproduceConfig:
                 raise ValueError(f"expected {label} of {', '.join(known)}, got {value!r}")
         if self.jobs < 0:
             raise ValueError(f"expected jobs of at least 1 (0: one per core), got {self.jobs}")
+        check_seed(self.seed)
         if self.name != "all":
             find(self.name)
 
@@ -97,7 +99,7 @@ def reproduce(config: ReproduceConfig) -> list[tuple[Job, Summary]]:
     from lipdyn_torch.experiments.data import load
     from lipdyn_torch.experiments.report import write_report, write_summary
 
-    _check_device(config.device)
+    check_device(config.device)
     load(config.data, config.root, progress=config.progress)  # once, before any worker asks; complains early
     if config.name == "all":
         RunFolder(config.folder, {"experiment": "all", **_settings(config)}, config.overwrite)
@@ -278,12 +280,6 @@ def processor() -> str:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_device(name: str) -> None:
-    from lipdyn_torch.experiments.demo import check_device
-
-    check_device(name)
 
 
 def as_document(config: ReproduceConfig) -> dict[str, Any]:

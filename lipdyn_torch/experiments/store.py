@@ -107,6 +107,8 @@ class RunFolder:
         try:
             found = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
+            if not (self.path / CONFIG).is_file():
+                advice = "choose another --out"  # what is in it is not overwritten
             raise RunFolderExistsError(
                 f"expected a run folder, got {self.path} without a readable {CONFIG}; {advice}"
             ) from error

@@ -94,6 +94,9 @@ def test_an_existing_folder_is_refused_unless_overwritten(tmp_path, capsys):
         (["--batch-size", "5000"], "expected batch_size up to 1438, got 5000"),
         (["--lr", "-1"], "expected a positive finite lr, got -1.0"),
         (["--device", "toaster"], "expected a device torch can use here, got 'toaster'"),
+        (["--device", "meta"], "expected a device torch can use here, got 'meta'"),
+        (["--seed", "-1"], "expected a seed from 0 to 4294967295, got -1"),
+        (["--seed", "9" * 23], "expected a seed from 0 to 4294967295, got 99999999999999999999999"),
     ],
 )
 def test_wrong_options(tmp_path, capsys, arguments, message):
@@ -101,6 +104,24 @@ def test_wrong_options(tmp_path, capsys, arguments, message):
     assert cli.main(["demo", "--out", str(out), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_shares_of_no_change_at_all(tmp_path, capsys):
+    assert cli.main(["demo", "--out", str(tmp_path / "run"), "--steps", "2", "--lr", "1e-30"]) == 0
+    printed = capsys.readouterr().out
+    assert "inf" not in printed
+    assert "nan" not in printed
+
+
+@pytest.mark.parametrize("command", [["demo", "--out"], ["reproduce", "jacobian", "--out"]], ids=" ".join)
+def test_an_interruption_is_no_failure(tmp_path, capsys, monkeypatch, command):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lipdyn_torch.experiments.demo.run_demo", interrupted)
+    monkeypatch.setattr("lipdyn_torch.experiments.runner.reproduce", interrupted)
+    assert cli.main([*command, str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err.startswith("\nlipdyn: interrupted; ")
 
 
 def test_batch_of_one_is_reported(tmp_path, capsys):

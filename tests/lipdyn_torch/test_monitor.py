@@ -171,8 +171,9 @@ def test_weights_edited_between_steps_are_noticed(mlp_case):
         optimizer.step()
     rows = [row for row in monitor.history if row["layer"] == "0"]
     assert rows[1]["sigma"] == pytest.approx(sigma, rel=1e-12)
-    assert rows[1]["status"] == "ok"
-    assert rows[2]["status"] == "weight was changed between backward and step"
+    assert rows[1]["status"] == "weight was changed since the last step"
+    assert math.isfinite(rows[1]["mu"])
+    assert rows[2]["status"].startswith("weight was changed between backward and step")
     assert math.isnan(rows[2]["mu"])
     assert rows[2]["dz2"] == pytest.approx(rows[2]["dz"], abs=1e-3)
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from lipdyn_torch import History, plots
+from lipdyn_torch import History, forecast, moments, pathwise, plots
 from lipdyn_torch.history import NETWORK
 from lipdyn_torch.predict import SDE, observed, sde
 
@@ -58,6 +58,50 @@ def test_figures_are_drawn_at_their_size(tmp_path, draw, context):
 def test_figures_take_tables_gaps_and_missing_terms(tmp_path, draw):
     for case in (history(every=3), history(unknown=5), history(layers=[f"layer.{k}" for k in range(40)])):
         draw(case.to_pandas()).savefig(tmp_path / "figure.png", dpi=30)
+
+
+def test_every_layer_has_a_style_and_a_place_in_the_legend():
+    """Also names that Matplotlib would leave out; beyond 21 layers the rest share a grey line."""
+    for names in (["_stem", "_fc", "head"], [f"{k}" for k in range(23)]):
+        for draw in (plots.summary_figure, plots.validity_figure):
+            figure = draw(history(layers=names))
+            parent = figure.subfigs[1] if draw is plots.summary_figure else figure
+            legend = parent.legends[0]
+            own = names[: plots.NAMED]
+            labels = [text.get_text().strip() for text in legend.get_texts()]
+            assert labels == [*own, *(["and 2 more"] if len(names) > plots.NAMED else [])]
+            lines = legend.get_lines()
+            styles = {(line.get_color(), str(line.get_linestyle()), str(line._dash_pattern)) for line in lines}
+            assert len(styles) == len(labels)
+
+
+def test_a_layer_that_is_zero_at_first(tmp_path):
+    """Its logarithm is not known until it has moved; everything else starts from there."""
+    rows = history().rows
+    changed = [{**row, "z": math.nan, "dz": math.nan, "dz2": math.nan} if row["step"] == 0 else row for row in rows]
+    late = History(changed, history().meta)
+    step, z = observed(late)
+    assert step[0] == 1
+    assert np.isfinite(z).all()
+    assert np.isfinite(pathwise(late).predicted).all()
+    assert np.isfinite(sde(late).predicted).all()
+    assert np.isfinite(forecast(late, at=10).predicted).all()
+    assert np.isfinite(moments(late, gradient="batch", sampling="iid").log_mean).all()
+    _, added, _ = plots._contributions(late)
+    assert np.isfinite(added).all()
+    panel = plots.heatmap_figure(late).get_axes()[0]
+    assert np.isfinite(panel.collections[0].get_array()[:, 1:]).all()
+
+
+def test_panels_without_any_term_say_so():
+    figure = plots.summary_figure(history(steps=1, unknown=0))
+    assert all("not known" in axes.texts[0].get_text() for axes in figure.subfigs[1].get_axes())
+
+
+@pytest.mark.parametrize("draw", FIGURES, ids=lambda f: f.__name__)
+def test_no_rows_at_all(draw):
+    with pytest.raises(ValueError, match="no step has been measured yet"):
+        draw(History([]))
 
 
 def test_the_style_does_not_leak():

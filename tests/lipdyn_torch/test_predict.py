@@ -229,7 +229,7 @@ def test_wrong_questions(mlp_case):
         sde(history, "conv")
     with pytest.raises(ValueError, match="expected sampling 'iid' or 'shuffle', got 'sorted'"):
         sde(history, sampling="sorted")
-    with pytest.raises(ValueError, match="got 'network'; there are no rows at all"):
+    with pytest.raises(ValueError, match="no step has been measured yet"):
         sde(History())
 
 

@@ -133,13 +133,14 @@ def cluster_changes(W: Tensor, D: Tensor, c: int) -> list[float]:
 
 
 def check_path(row: dict, W: Tensor, D: Tensor) -> None:
-    """Series below eps = 1; beyond it the cluster of all values within four step norms; else the truth."""
+    """Series below eps = 1; beyond it the cluster of all values within four to six step norms; else the truth."""
     h, s = torch.linalg.matrix_norm(D, 2), torch.linalg.svdvals(W)
-    c = int((s > s[0] - 4 * h).sum())
+    c, most = (int((s > s[0] - reach * h).sum()) for reach in (4, 6))
+    distance = {end: float(s[end - 1] - (s[end] if end < len(s) else 0.0)) for end in range(c, min(most, 16) + 1)}
     if row["eps"] < 1:
         mode, expected = "series", taylor_changes(W, D)
     elif 4 * h < s[0] and c <= 16:
-        mode, expected = "cluster", cluster_changes(W, D, c)
+        mode, expected = "cluster", cluster_changes(W, D, max(distance, key=distance.__getitem__))
     else:
         mode, expected = "exact", [row["dz"]] * 3
     assert row["mode"] == mode

@@ -466,7 +466,7 @@ def test_a_rule_may_read_more_than_parameters():
     torch.manual_seed(0)
     expected: list[float] = []
     rows = [row for row in run(loop, model=Sum()) if row["layer"] != "network"]
-    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert [row["status"] for row in rows] == ["ok", "weight was changed since the last step"]
     assert [math.exp(row["z"] + row["dz"]) for row in rows] == pytest.approx(expected, rel=1e-12)
     assert rows[1]["z"] != pytest.approx(rows[0]["z"] + rows[0]["dz"], abs=0.1)
 
