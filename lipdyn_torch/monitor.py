@@ -42,6 +42,16 @@ UNEQUAL = "layers saw different numbers of samples"
 NO_SHARE = "samples had no gradient in any layer: if the loss ignores them, noise terms take them for zeros"
 CHANGED = "weight was changed since the last step"
 CLEARED = "step skipped: gradients were cleared without a step"
+ADDED = (
+    "expected the parameters the optimizer had when the monitor was attached, got more: they are not monitored; close "
+    "the monitor and attach a new one"
+)
+#: So many times are gradients cleared before the first step until somebody is told.
+UNSEEN = 100
+NO_STEPS = (
+    f"expected steps of the optimizer that the monitor was given, got {UNSEEN} cleared gradients without one; if "
+    "another optimizer makes the steps (one inside a wrapper, as SAM has), give the monitor that one"
+)
 
 
 class _Eager:
@@ -228,6 +238,8 @@ class LipschitzMonitor:
         self._clock: float | None = None
         self._pending: list[Measurement] | None = None
         self._inside = False  # of a step that calls a closure
+        self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._cleared = 0  # how often gradients went without a step
         self._switch = Switch(discard=self._discard)
         # What a preconditioner does to a sample is known at the step only; so is which calls share a weight.
         hold = self._split or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.RMSprop)
@@ -465,6 +477,9 @@ class LipschitzMonitor:
             watch.forget()
         self._switch.outer.clear()
         if not skipped:
+            self._cleared += 1
+            if self._cleared == UNSEEN and self._step == 0:
+                warnings.warn(NO_STEPS, stacklevel=2)
             return
         lr = max(float(group["lr"]) for group in self._optimizer.param_groups)
         layers = [Caught(w, w.spectrum, lr, batch, not w.trained) for w in self._watches]
@@ -487,6 +502,9 @@ class LipschitzMonitor:
             )
         self._check_alive()
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        if not groups.keys() <= self._owned:
+            self._owned |= groups.keys()
+            warnings.warn(ADDED, stacklevel=2)
         outer = self._switch.outer
         reference = self._mean_gradient()
         caught = [

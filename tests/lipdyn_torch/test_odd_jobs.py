@@ -735,3 +735,27 @@ def test_a_reference_from_the_very_loader_of_the_training(kind):
 
     for p, q in zip(run(True), run(False), strict=True):
         assert torch.equal(p, q)
+
+
+def test_parameters_added_later_are_spoken_of():
+    model, more = mlp(), nn.Linear(3, 3)
+    optimizer = sgd(model)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        train(model, optimizer)
+        optimizer.add_param_group({"params": more.parameters()})
+        with pytest.warns(UserWarning, match="got more: they are not monitored"):
+            train(model, optimizer)
+        train(model, optimizer)  # once is enough
+    assert monitor.layers == ["0", "2"]
+
+
+def test_steps_of_another_optimizer_are_missed():
+    model = mlp()
+    given, other = sgd(model), sgd(model)
+    with LipschitzMonitor(model, given) as monitor:
+        for _ in range(100):
+            train(model, other)
+        with pytest.warns(UserWarning, match="got 100 cleared gradients without one"):
+            train(model, other)
+        train(model, other)  # once is enough
+    assert not monitor.history.rows
