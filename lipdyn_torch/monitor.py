@@ -9,7 +9,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -23,6 +22,7 @@ from lipdyn_torch._bridge import one_thread
 from lipdyn_torch._collect import Caught, collect, settle
 from lipdyn_torch._hooks import Switch, listen
 from lipdyn_torch._measure import Measurement, network_row
+from lipdyn_torch._settings import batch_dims, check_settings, check_types, checked_sinks
 from lipdyn_torch.distributed import active, agree, share
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
 from lipdyn_torch.history import History, Sink
@@ -220,12 +220,10 @@ class LipschitzMonitor:
         process_group: Any = None,
         sinks: Iterable[Sink] = (),
     ) -> None:
-        if isinstance(sinks, str | PathLike) or not isinstance(sinks, Iterable):
-            raise TypeError(f"expected a list of sinks, got {sinks!r}; for a file [JsonLinesSink(path)]")
-        sinks = list(sinks)
-        _check_types(model, optimizer, reference, sinks)
-        _check_settings(every, budget, warmup, noise, conv, sampling, dataset_size)
-        dims = _batch_dims(model, batch_dim)
+        check_types(model, optimizer, reference)
+        sinks = checked_sinks(sinks)
+        check_settings(every, budget, warmup, noise, conv, sampling, dataset_size)
+        dims = batch_dims(model, batch_dim)
         self._model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self._compiled = self._model is not model or any(m._compiled_call_impl is not None for m in model.modules())
         self._optimizer = optimizer
@@ -581,57 +579,3 @@ def _note_samples(layers: list[Caught]) -> None:
     if 0 < count < known[0].batch:
         for layer in known:
             layer.notes.append(f"{count} of {layer.batch} {NO_SHARE}")
-
-
-def _batch_dims(model: nn.Module, given: object) -> dict[str, int]:
-    """Axis of the samples by module name, where it is not the first."""
-    names = {name for name, _ in model.named_modules()}
-    dims: dict[str, int] = {}
-    if given is None:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-                dim = 0 if module.self_attn.batch_first else 1
-                dims |= {f"{name}.{child}".lstrip("."): dim for child, _ in module.named_modules() if child}
-        return dims
-    by_name: Mapping[Any, Any] = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
-    for name, dim in by_name.items():
-        if name not in names:
-            raise ValueError(f"expected names of model.named_modules() in batch_dim, got {name!r}")
-        if not _whole(dim, 0):
-            raise ValueError(f"expected batch_dim to be whole numbers, at least 0, got {dim!r}")
-        dims[name] = dim
-    return dims
-
-
-def _check_types(model: object, optimizer: object, reference: object, sinks: list[Any]) -> None:
-    for name, value, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
-        if not isinstance(value, kind):
-            public = f"torch.{'nn.Module' if kind is nn.Module else 'optim.Optimizer'}"
-            raise TypeError(f"expected a {public} as {name}, got {type(value).__name__}; call it (model, optimizer)")
-    if reference is not None and not callable(reference):
-        raise TypeError(f"expected reference(model) to give gradients, got {reference!r}; see MeanGradient")
-    for sink in sinks:
-        if not all(callable(getattr(sink, method, None)) for method in ("start", "write", "close")):
-            raise ValueError(f"expected sinks with start, write and close, got {sink!r}; wrap a path in JsonLinesSink")
-
-
-def _check_settings(
-    every: object, budget: object, warmup: object, noise: object, conv: object, sampling: object, dataset_size: object
-) -> None:
-    if every != "auto" and not _whole(every, 1):
-        raise ValueError(f"expected every to be a whole number of steps, at least 1, or 'auto', got {every!r}")
-    if not isinstance(budget, int | float) or not budget > 0:
-        raise ValueError(f"expected budget to be a positive number of per cent, got {budget!r}")
-    if not _whole(warmup, 0):
-        raise ValueError(f"expected warmup to be a whole number of steps, got {warmup!r}")
-    choices = {"noise": (noise, ("full", "split", "factor")), "conv": (conv, ("matrix",))}
-    choices["sampling"] = (sampling, ("shuffle", "iid"))
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"expected {name} to be {' or '.join(map(repr, allowed))}, got {value!r}")
-    if dataset_size is not None and not _whole(dataset_size, 1):
-        raise ValueError(f"expected dataset_size to be a positive whole number or None, got {dataset_size!r}")
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
