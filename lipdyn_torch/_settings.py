@@ -1,0 +1,76 @@
+"""What the monitor is given, checked with one message each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["batch_dims", "check_settings", "check_types", "checked_sinks"]
+
+
+def batch_dims(model: nn.Module, given: object) -> dict[str, int]:
+    """Axis of the samples by module name, where it is not the first."""
+    names = {name for name, _ in model.named_modules()}
+    dims: dict[str, int] = {}
+    if given is None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+                dim = 0 if module.self_attn.batch_first else 1
+                dims |= {f"{name}.{child}".lstrip("."): dim for child, _ in module.named_modules() if child}
+        return dims
+    by_name: Mapping[Any, Any] = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
+    for name, dim in by_name.items():
+        if name not in names:
+            raise ValueError(f"expected names of model.named_modules() in batch_dim, got {name!r}")
+        if not _whole(dim, 0):
+            raise ValueError(f"expected batch_dim to be whole numbers, at least 0, got {dim!r}")
+        dims[name] = dim
+    return dims
+
+
+def check_types(model: object, optimizer: object, reference: object) -> None:
+    """Raise unless the monitor is given a model, an optimiser, and something to call."""
+    for name, value, kind in (("model", model, nn.Module), ("optimizer", optimizer, Optimizer)):
+        if not isinstance(value, kind):
+            public = f"torch.{'nn.Module' if kind is nn.Module else 'optim.Optimizer'}"
+            raise TypeError(f"expected a {public} as {name}, got {type(value).__name__}; call it (model, optimizer)")
+    if reference is not None and not callable(reference):
+        raise TypeError(f"expected reference(model) to give gradients, got {reference!r}; see MeanGradient")
+
+
+def checked_sinks(given: object) -> list[Any]:
+    """The sinks as a list."""
+    if isinstance(given, str | PathLike) or not isinstance(given, Iterable):
+        raise TypeError(f"expected a list of sinks, got {given!r}; for a file [JsonLinesSink(path)]")
+    sinks = list(given)
+    for sink in sinks:
+        if not all(callable(getattr(sink, method, None)) for method in ("start", "write", "close")):
+            raise ValueError(f"expected sinks with start, write and close, got {sink!r}; wrap a path in JsonLinesSink")
+    return sinks
+
+
+def check_settings(
+    every: object, budget: object, warmup: object, noise: object, conv: object, sampling: object, dataset_size: object
+) -> None:
+    """Raise unless the settings are among those there are."""
+    if every != "auto" and not _whole(every, 1):
+        raise ValueError(f"expected every to be a whole number of steps, at least 1, or 'auto', got {every!r}")
+    if not isinstance(budget, int | float) or not budget > 0:
+        raise ValueError(f"expected budget to be a positive number of per cent, got {budget!r}")
+    if not _whole(warmup, 0):
+        raise ValueError(f"expected warmup to be a whole number of steps, got {warmup!r}")
+    choices = {"noise": (noise, ("full", "split", "factor")), "conv": (conv, ("matrix",))}
+    choices["sampling"] = (sampling, ("shuffle", "iid"))
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"expected {name} to be {' or '.join(map(repr, allowed))}, got {value!r}")
+    if dataset_size is not None and not _whole(dataset_size, 1):
+        raise ValueError(f"expected dataset_size to be a positive whole number or None, got {dataset_size!r}")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
