@@ -33,7 +33,7 @@ from specpert._arrays import (
 )
 from specpert._checks import check_indices
 from specpert._isolation import isolation
-from specpert._resolvent import HostResolvent, SmallSideResolvent
+from specpert._resolvent import HostResolvent, Resolvent, SmallSideResolvent
 from specpert._solvers import CholeskySolver, ClusterSolver, EigenSolver, Gram, Solver
 from specpert._top import Start, improved, isolated_top
 from specpert.result import (
@@ -215,14 +215,17 @@ def of_gram(
         matrix = gram.B
     else:
         solve, matrix = rest, gram.at(rest.dtype).B
-    resolvent = SmallSideResolvent(
-        solve, (gram.apply, gram.apply_adjoint), u, v, s[:c], mirrored=not wide, matrix=matrix
-    )
+    products = gram.apply, gram.apply_adjoint
+    resolvent = SmallSideResolvent(solve, products, u, v, s[:c], mirrored=not wide, matrix=matrix)
+
+    def of_series() -> Resolvent:
+        mine = resolvent
+        if isinstance(solve, ClusterSolver):  # which keeps the residuals of one series
+            mine = SmallSideResolvent(solve.fresh(), products, u, v, s[:c], mirrored=not wide, matrix=matrix)
+        return mine if is_numpy(like) else HostResolvent(mine, like, xp)
+
     s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, margin))
-    wrapped = resolvent if is_numpy(like) else HostResolvent(resolvent, like, xp)
-    return SingularTriplet(
-        index, shape, status, xp, e, s0, P0, Q0, gap, margin, lambda: wrapped, real, _cluster=cluster
-    )
+    return SingularTriplet(index, shape, status, xp, e, s0, P0, Q0, gap, margin, of_series, real, _cluster=cluster)
 
 
 def _starts(v0: Any, n: int, gram: Gram, dtype: Any, wide: bool, rtol: float) -> list[Start]:

@@ -135,6 +135,11 @@ class HostResolvent:
         x, y = self.resolvent(np.from_dlpack(f), np.from_dlpack(g))
         return from_host(x, self.like, self.xp), from_host(y, self.like, self.xp)
 
+    @property
+    def residuals(self) -> list[float]:
+        """As of the resolvent."""
+        return self.resolvent.residuals
+
     def diagonal_blocks(self) -> tuple[Array, Array, Array]:
         """As of the resolvent."""
         L, R, C = (from_host(x, self.like, self.xp) for x in self.resolvent.diagonal_blocks())

@@ -62,22 +62,30 @@ class Gram:
 
 
 class CholeskySolver:
-    """On the complement of a (r, c): M = theta (I + a a^*) - K = L L^*.
+    """On the complement of vectors a (r, c) of values w (c,): M = theta I + a diag(w) a^* - K = L L^*.
 
-    Where K is less precise than the products `gram`, solutions are refined by these.
+    One vector has the value theta. Where K is less precise than the products `gram`, solutions are refined by these;
+    `rtol` is the accuracy asked of what the factor alone can do.
 
     Raises numpy.linalg.LinAlgError unless M is positive definite; K then has at most c eigenvalues above theta.
     """
 
-    def __init__(self, K: np.ndarray, a: np.ndarray, theta: float, gram: Gram, rtol: float = 0.0) -> None:
+    def __init__(
+        self,
+        K: np.ndarray,
+        a: np.ndarray,
+        theta: float,
+        gram: Gram,
+        rtol: float = 0.0,
+        w: np.ndarray | None = None,
+    ) -> None:
         from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
-        self.K, self.a, self.theta, self.gram, self.dtype = K, a, theta, gram, K.dtype
-        self.rtol = rtol  # accuracy asked of what the factor alone can do
+        self.K, self.a, self.theta, self.gram, self.dtype, self.rtol, self.w = K, a, theta, gram, K.dtype, rtol, w
         factorise, self._solve = get_lapack_funcs(("potrf", "potrs"), (K,))
         self._halve, self._substitute = get_blas_funcs(("trsm", "trsv"), (K,))
         low = a.astype(K.dtype)
-        M = low @ (theta * low.conj().T).astype(K.dtype)
+        M = low @ (self.values * low.conj().T).astype(K.dtype)
         M -= K
         M.flat[:: len(M) + 1] += theta
         # the Hermitian matrix column by column, as LAPACK wants it, without a transposed copy
@@ -93,11 +101,16 @@ class CholeskySolver:
             return x
         rounding = 8 * float(np.finfo(b.dtype).eps) * self.theta
         for _ in range(rounds):
-            residual = b - self.theta * (x + self.a @ (self.a.conj().T @ x)) + self.gram(x)
+            residual = b - self.theta * x - self.a @ (self.values * (self.a.conj().T @ x)) + self.gram(x)
             if np.all(np.linalg.norm(residual, axis=-2) <= rounding * np.linalg.norm(x, axis=-2)):
                 break
             x = x + self.rough(residual)
         return x
+
+    @property
+    def values(self) -> Any:
+        """Those of the vectors, as a column."""
+        return self.theta if self.w is None else self.w[:, None]
 
     @property
     def precise(self) -> bool:
@@ -140,11 +153,17 @@ class ClusterSolver:
     """On the complement of a cluster X, column j with its own value w_j: conjugate gradients after a factor.
 
     The factor is that of a shift between them, which only the values of K just below the cluster can tell from their
-    own: few rounds do. In the precision of K, to the accuracy asked of the factor.
+    own: few rounds do. In the precision of K, to the accuracy asked of the factor; where that is single precision,
+    residuals of the solves are kept for the certificate.
     """
 
     def __init__(self, inner: CholeskySolver, w: np.ndarray) -> None:
         self.inner, self.w, self.dtype = inner, w, inner.dtype
+        self.residuals: list[float] = []
+
+    def fresh(self) -> ClusterSolver:
+        """The same without residuals."""
+        return ClusterSolver(self.inner, self.w)
 
     def __call__(self, b: np.ndarray) -> np.ndarray:
         """As of the protocol, of columns b (..., r, c)."""
@@ -166,6 +185,10 @@ class ClusterSolver:
             found, before, slope = found + length * slope, slope, _inner(residual, z)
             left = slope > floor * floor * found  # squares of the error, at most, and of x, in the energy norm
             if not left.any():
+                if not self.inner.precise:
+                    rounding = 4 * float(np.finfo(self.dtype).eps) * self.w[0]
+                    norms = np.linalg.norm(residual, axis=-2) + rounding * np.linalg.norm(x, axis=-2)
+                    self.residuals.append(float(np.max(norms * size[..., 0, :])))
                 return np.multiply(x, size, dtype=b.dtype)
             direction = left * (z + np.divide(slope, before, out=np.zeros_like(slope), where=left) * direction)
         raise ConvergenceError("expected conjugate gradients to solve for a cluster, got none after 500 rounds")

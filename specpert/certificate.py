@@ -200,6 +200,8 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
     """
     order = check_order(order, 0)
     triplet, (H,) = prepare(A, k, [H], ["H"], cluster=False)
+    if triplet._cluster:
+        raise TypeError(f"expected a triplet of single values to enclose, got that of a cluster {triplet.k}")
     xp, e = triplet._xp, triplet._e
     # a step so large that it has no size beside A counts as an infinite one
     size = xp.asarray(H.size * abs(H.factor)) if isinstance(H, Operator) else magnitude(H, xp)

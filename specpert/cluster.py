@@ -18,7 +18,7 @@ from specpert._dense import by_dense, of_gram
 from specpert._isolation import isolation
 from specpert._resolvent import SmallSideResolvent
 from specpert._solvers import CholeskySolver, ClusterSolver, EigenSolver, Gram, Product
-from specpert._top import next_value
+from specpert._top import SINGLE_ERROR, next_value
 from specpert.result import ConvergenceError
 from specpert.triplet import SingularTriplet, assemble
 
@@ -63,20 +63,18 @@ def leading_cluster(A: Any, upper: float, lower: float, most: int = 16) -> Singu
     >>> print(sigma_series(cluster, np.eye(4), 1).values(0.5))
     [2.6 2.5 2.3]
     """
-    for name, bound in (("upper", upper), ("lower", lower)):
-        if not isinstance(bound, numbers.Real) or not 0 <= bound < math.inf:
-            raise ValueError(f"expected {name} to be a finite number >= 0, got {bound!r}")
+    upper, lower = _number(upper, "upper"), _number(lower, "lower")
     if lower > upper:
         raise ValueError(f"expected lower <= upper, got {lower} > {upper}")
     if not isinstance(most, numbers.Integral) or isinstance(most, bool) or most < 1:
         raise ValueError(f"expected most to be a positive integer, got {most!r}")
-    upper, lower, most = float(upper), float(lower), int(most)
+    most = int(most)
     if not isinstance(A, SingularTriplet):
         xp, (A,) = as_arrays(A, names=["A"])
         check_matrix(A, "A", xp)
         if A.ndim > 2:
             raise ValueError(f"expected one matrix (m, n), got a stack of shape {tuple(A.shape)}")
-        return _of_matrix(A, upper, lower, most, None, xp)
+        return _of_matrix(A, upper, lower, most, xp)
     triplet = A
     if triplet.k != 0 or triplet._e.ndim:
         raise ValueError(f"expected the triplet k = 0 of one matrix, got k = {triplet.k} of {triplet.shape}")
@@ -86,15 +84,29 @@ def leading_cluster(A: Any, upper: float, lower: float, most: int = 16) -> Singu
     small = triplet._small_side
     if small is None or small.matrix is None:
         raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
-    if upper >= float(small.sigma[0]):
+    sigma = float(small.sigma[0])
+    if upper >= sigma:
         return None
+    upper = min(upper, (1 - 1e-13) * sigma)  # so that rounding does not take sigma itself below
+    lower = min(lower, upper)
     try:
         return _of_gram(triplet, small, upper, lower, most)
     except (np.linalg.LinAlgError, ConvergenceError):  # Gram matrix or factor do not tell the values apart
-        xp, B = triplet._xp, small.solve.gram.B if isinstance(small.solve, CholeskySolver) else small.matrix
-        whole = from_host(adjoint(B, np) if small.mirrored else B, triplet._P0, xp)
-        cluster = _of_matrix(whole, upper, lower, most, triplet._dtype, xp)
-        return cluster and replace(cluster, _e=cluster._e + triplet._e)
+        B = small.solve.gram.B if isinstance(small.solve, CholeskySolver) else small.matrix
+        B = B.astype(small.u.dtype, copy=False)
+        whole = from_host(adjoint(B, np) if small.mirrored else B, triplet._P0, triplet._xp)
+        cluster = _of_matrix(whole, upper, lower, most, triplet._xp)
+        return cluster and replace(cluster, _e=cluster._e + triplet._e, _dtype=triplet._dtype)
+
+
+def _number(x: Any, name: str) -> float:
+    """A bound as a float, also from an array without axes."""
+    if isinstance(x, str | bytes) or getattr(x, "ndim", 0) != 0 or not hasattr(x, "__float__"):
+        raise TypeError(f"expected {name} to be a number, got {x!r}")
+    number = float(x)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"expected {name} to be a finite number >= 0, got {number}")
+    return number
 
 
 def _scaled(x: float, e: float) -> float:
@@ -112,11 +124,11 @@ def _cut(s: np.ndarray, upper: float, lower: float, most: int) -> int | None:
     return least + int(np.argmax(ends))
 
 
-def _of_matrix(A: Array, upper: float, lower: float, most: int, dtype: Any, xp: Namespace) -> SingularTriplet | None:
+def _of_matrix(A: Array, upper: float, lower: float, most: int, xp: Namespace) -> SingularTriplet | None:
     """From a decomposition of its own."""
     values = np.asarray([float(x) for x in xp.linalg.svdvals(A)[: most + 2]])
     c = _cut(values, upper, lower, most)
-    return None if c is None else by_dense(A, range(c), None, True, "auto", xp, dtype=dtype)
+    return None if c is None else by_dense(A, range(c), None, True, "auto", xp)
 
 
 def _of_svd(triplet: SingularTriplet, upper: float, lower: float, most: int) -> SingularTriplet | None:
@@ -135,44 +147,54 @@ def _of_gram(
     """Raises numpy.linalg.LinAlgError or ConvergenceError where that is not accurate."""
     solve = small.solve
     assert isinstance(solve, CholeskySolver | EigenSolver)
-    factor = None
-    if isinstance(solve, CholeskySolver) and (not solve.precise or len(solve.K) >= _REFINE_FROM):
-        factor = solve
-    if factor is not None:
-        gram, known = factor.gram, _leading(factor, upper * upper, lower * lower, most)
-    elif isinstance(solve, CholeskySolver):
-        gram, (w, X) = solve.gram, np.linalg.eigh(solve.K)
-        known = w[::-1], X[:, ::-1]
+    rest: ClusterSolver | np.ndarray | None = None
+    if isinstance(solve, CholeskySolver):
+        gram = solve.gram
+        if not solve.precise or len(solve.K) >= _REFINE_FROM:
+            known = _leading(solve, upper * upper, lower * lower, most)
+            if known is None:
+                return None
+            w, X = known
+            c = _cut(_roots(w), upper, lower, most)
+            if c is None or c == len(w):
+                raise np.linalg.LinAlgError("the values at the top are not known well enough")
+            close = solve.rtol * (w[c - 1] - w[c]) < SINGLE_ERROR * float(np.finfo(solve.dtype).eps) * w[0]
+            if solve.precise or not close:
+                w, X, rest = _refined(solve, w[: c + 1], X[:, :c], upper * upper)
+        if rest is None:
+            gram = gram.at(small.u.dtype)
+            w, X = np.linalg.eigh(gram.matrix())
+            w, X = w[::-1], X[:, ::-1]
     else:
         assert small.matrix is not None
-        gram, known = Gram(small.matrix), (solve.values, np.hstack([small.u, solve.X]))
-    if known is None:
-        return None
-    w, X = known
-    c = _cut(np.sqrt(np.maximum(w, 0.0)), upper, lower, most)
-    if c is None:
-        return None
-    if c == len(w):
-        raise np.linalg.LinAlgError("nothing is outside of the cluster")
-    rest: ClusterSolver | np.ndarray = X[:, c:]
-    X = X[:, :c]
-    if factor is not None:
-        w, X, rest = _refined(factor, w[: c + 1], X)
+        gram, w, X = Gram(small.matrix), solve.values, np.hstack([small.u, solve.X])
+    if rest is None:
+        c = _cut(_roots(w), upper, lower, most)
+        if c is None:
+            return None
+        if c == len(w):
+            raise np.linalg.LinAlgError("nothing is outside of the cluster")
+        X, rest = X[:, :c], X[:, c:]
     xp = triplet._xp
     return of_gram(triplet.shape, gram, w, X, rest, True, triplet._e, None, triplet._P0, xp, triplet._dtype)
+
+
+def _roots(w: np.ndarray) -> np.ndarray:
+    return np.asarray(np.sqrt(np.maximum(w, 0.0)))
 
 
 def _leading(solver: CholeskySolver, upper: float, lower: float, most: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Values (j,) and vectors (r, j) of K, roughly: all above `lower`, or the first most + 1 of them, and the next one.
 
-    None where more than `most` are above `upper`. By Lanczos on the inverse, whose largest values they are.
+    None where more than `most` are above `upper`. By Lanczos on the inverse, whose largest values they are, until they
+    are known well beside their distances from the bounds and from the value that a cluster would end at.
     """
     theta, dtype = solver.theta, solver.L.dtype
     a = solver.a.astype(dtype)
-    high, low = 1 / (theta - upper), 1 / (theta - lower)
     width = min(len(a) - 1, 8 * most + 32)
     V, T = np.empty((width, len(a)), dtype), np.zeros((width, width))
     rounding = 16 * float(np.finfo(dtype).eps)
+    floor = rounding * theta
     y = np.random.default_rng(2).standard_normal((len(a), 1)).astype(dtype)
     y = (y - a @ (a.conj().T @ y))[:, 0]
     for j in range(width):
@@ -185,36 +207,48 @@ def _leading(solver: CholeskySolver, upper: float, lower: float, most: int) -> t
         y -= (basis.conj() @ y) @ basis  # twice is enough
         beta = math.sqrt(np.vdot(y, y).real)
         T[j, j] = h[j].real
-        size = float(np.abs(T[: j + 1, : j + 1]).max())
-        exhausted = beta <= rounding * size
+        exhausted = beta <= rounding * float(np.abs(T[: j + 1, : j + 1]).max())
         if exhausted or j % 4 == 3 or j + 1 == width:
             values, S = np.linalg.eigh(T[: j + 1, : j + 1])
-            values, S = values[::-1], S[:, ::-1]
-            if 1 + int(np.sum(values > high)) > most:  # Ritz values are below those they stand for
+            values, S = np.maximum(values[::-1], 1 / (2 * theta)), S[:, ::-1]  # of a K without negative values
+            w = np.append(theta, theta - 1 / values)  # Ritz values: below those they stand for
+            errors = np.append(0.0, beta * np.abs(S[-1]) / values**2) + floor
+            if int(np.sum(w > upper + floor)) > most:
                 return None
-            wanted = min(most, int(np.sum(values > low)))
-            left = beta * np.abs(S[-1]) / values
-            if exhausted or (wanted <= j and left[:wanted].max(initial=0.0) < 1e-5 and left[wanted] < 1e-2):
-                vectors = basis.T @ S[:, : wanted + 1].astype(dtype)
-                return np.append(theta, theta - 1 / values[: wanted + 1]), np.hstack([a, vectors]).astype(
-                    solver.a.dtype
-                )
+            wanted = min(most, int(np.sum(w >= lower)))
+            c = _cut(_roots(w), math.sqrt(upper), math.sqrt(lower), most)
+            if exhausted or (c is not None and wanted <= j and _settled(w, errors, c, wanted, upper, lower, floor)):
+                vectors = basis.T @ S[:, :wanted].astype(dtype)
+                return w[: wanted + 1], np.hstack([a, vectors]).astype(solver.a.dtype)
         if j + 1 < width:
             T[j + 1, j] = T[j, j + 1] = beta
     raise ConvergenceError("expected Lanczos to find the values at the top, got none")
 
 
-def _refined(solver: CholeskySolver, w: np.ndarray, X: np.ndarray) -> tuple[np.ndarray, np.ndarray, ClusterSolver]:
+def _settled(w: np.ndarray, errors: np.ndarray, c: int, wanted: int, upper: float, lower: float, floor: float) -> bool:
+    """Whether nothing that the first c values are chosen for can change any more."""
+    gap = w[c - 1] - w[c]
+    inside = errors[:c].max() <= max(1e-2 * gap, 2 * floor)
+    # the others may still grow, but neither above the bounds nor so far that the cluster would end elsewhere
+    others = w[c : wanted + 1] + errors[c : wanted + 1]
+    outside = errors[c : wanted + 1].max() <= max(1e-2 * gap, 2 * floor)
+    return bool(inside and outside and others[0] <= max(upper, w[c] + 1e-2 * gap) + 2 * floor)
+
+
+def _refined(
+    solver: CholeskySolver, w: np.ndarray, X: np.ndarray, upper: float
+) -> tuple[np.ndarray, np.ndarray, ClusterSolver]:
     """Values (c + 1,), vectors (r, c) and solver of the cluster near X, by Newton's method.
 
-    The last of the values, an upper estimate, is the largest that is not of the cluster.
+    The last of the values, an upper estimate, is the largest that is not of the cluster. Raises
+    numpy.linalg.LinAlgError where that is above `upper`, or the vectors are not those of the largest values.
     """
     K, gram, rounding = solver.K, solver.gram, float(np.finfo(X.dtype).eps)
     product: Product = K.__matmul__ if solver.precise else gram
     X, w, outside = np.linalg.qr(X)[0], w[:-1], float(w[-1])
     # about as far from all of the cluster's values
     middle = outside + math.sqrt((w[0] - outside) * (w[-1] - outside))
-    cluster = ClusterSolver(CholeskySolver(K, X, middle, gram, solver.rtol), w)
+    cluster = ClusterSolver(CholeskySolver(K, X, middle, gram, solver.rtol, w), w)
     enough, before = 8 * rounding * w[0], math.inf
     if not solver.precise:  # its equations are solved to single precision only
         enough = max(enough, 1e-6 * (w[-1] - outside))
@@ -224,15 +258,16 @@ def _refined(solver: CholeskySolver, w: np.ndarray, X: np.ndarray) -> tuple[np.n
         w, X = w[::-1], X @ S[:, ::-1]
         residual = images @ S[:, ::-1] - X * w
         size = float(np.linalg.norm(residual, axis=0).max())
-        cluster.inner.a, cluster.w = X, w
+        cluster.inner.a, cluster.inner.w, cluster.w = X, w, w
         if size <= enough or size > before / 2:
             break
         before = size
         X = np.linalg.qr(X + cluster(residual))[0]
     if size > max(len(X) * rounding * w[0], enough):
         raise np.linalg.LinAlgError("the vectors of the cluster are not known well enough")
-    inner = CholeskySolver(K, X, float(w[-1]), gram)  # proves that no other value is above the lowest
-    second, error = next_value(product, X, inner, 0.0)
-    if w[-1] - second <= 10 * error:
-        raise np.linalg.LinAlgError("the next value is not known well enough")
+    inner = CholeskySolver(K, X, float(w[-1]), gram, w=w)  # proves that no other value is above the lowest
+    least, second, error = next_value(product, X, inner, 0.0)
+    missed = least > upper + 8 * rounding * w[0] or least > outside + 0.5 * (w[-1] - outside)
+    if w[-1] - second <= 10 * error or missed:
+        raise np.linalg.LinAlgError("the next value is not known well enough, or one was missed")
     return np.append(w, second), X, cluster

@@ -150,6 +150,8 @@ def prepare(
 
 def _check_request(triplet: SingularTriplet, k: Any, cluster: bool, gap_tol: float | None) -> None:
     """Raise where a prepared triplet is asked for what it does not hold; k = 0 stands for "its own"."""
+    if triplet._cluster and isinstance(k, list):
+        raise TypeError(f"expected a triplet of single values for the list k = {k}, got that of a cluster {triplet.k}")
     own = list(triplet._indices)
     asked = list(k) if isinstance(k, Sequence) else [k]
     if asked not in ([0], own) or (cluster and not triplet._cluster):

@@ -1,6 +1,7 @@
 """The largest values as one cluster, from the decomposition of a triplet, beside that of an SVD."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from specpert import (
     SingularTriplet,
     Status,
     ZeroSingularValueError,
+    kato_temple,
     leading_cluster,
+    sigma_derivative,
     sigma_series,
     singular_triplet,
 )
@@ -57,7 +60,9 @@ def test_it_is_the_cluster_of_the_svd(monkeypatch, shape, complex_, rtol, scale,
             assert math.isclose(np.linalg.norm(found), np.linalg.norm(expected), rel_tol=exact_to)
         np.testing.assert_allclose(series.mean, truth.mean, rtol=0, atol=exact_to * np.abs(truth.mean).max())
         solver = cluster._small_side and cluster._small_side.solve
-        assert isinstance(solver, ClusterSolver) == (min(shape) >= 256 and (rtol > 0 or refine_from == 0))
+        # single precision only where the cluster's own gap allows it
+        single = rtol * (s[c - 1] ** 2 - s[c] ** 2) > 2 * np.finfo(np.float32).eps * s[0] ** 2
+        assert isinstance(solver, ClusterSolver) == (min(shape) >= 256 and (single if rtol else refine_from == 0))
 
 
 @pytest.mark.parametrize("rtol", [0.0, 3e-5])
@@ -169,9 +174,12 @@ def test_a_missed_value_is_not_passed_over(monkeypatch):
 def test_what_is_refused():
     A = random((6, 9))
     triplet = singular_triplet(A)
-    for bounds in ((-1.0, -2.0), (math.nan, 0.0), (math.inf, 0.0), (1.0, 2.0), ("1", 0.0)):
+    for bounds in ((-1.0, -2.0), (math.nan, 0.0), (math.inf, 0.0), (1.0, 2.0)):
         with pytest.raises(ValueError, match="expected"):
             leading_cluster(triplet, *bounds)
+    for bound in ("1", None, np.ones(2)):
+        with pytest.raises(TypeError, match="expected upper to be a number"):
+            leading_cluster(triplet, bound, 0.0)
     for most in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="most"):
             leading_cluster(triplet, 1.0, 0.5, most=most)
@@ -186,3 +194,87 @@ def test_what_is_refused():
     with pytest.raises(NonFiniteError):
         leading_cluster(np.full((2, 3), np.nan), 1.0, 0.5)
     assert isinstance(leading_cluster(triplet, 0.0, 0.0), SingularTriplet)
+
+
+@pytest.mark.parametrize("rtol", [0.0, 3e-5, 1e-3])
+@pytest.mark.parametrize("seed", range(12))
+def test_values_far_below_the_largest(monkeypatch, rtol, seed):
+    """The inverse hardly tells them apart: none is left out, and none taken for another."""
+    monkeypatch.setattr("specpert.cluster._REFINE_FROM", 0)
+    rng = np.random.default_rng(seed)
+    top = [[3.0, 1.02, 1.01, 1.0, 0.99], [1.5, 1.02, 1.01, 1.0, 0.9], [1.1, 1.02, 1.01, 1.0, 0.999]][seed % 3]
+    s = np.array([*top, *np.sort(rng.uniform(0.0, 0.985 * top[4], 295))[::-1]])
+    A, H = with_spectrum(rng, 300, 300, s), random((300, 300), seed=seed)
+    triplet = singular_triplet(A, rtol=rtol)
+    cluster = leading_cluster(triplet, 0.9995, 0.9995)
+    assert cluster.k == (0, 1, 2, 3)
+    np.testing.assert_allclose(cluster.sigma, s[:4], rtol=1e-12)
+    found, truth = (sigma_series(x, H, 3, **k).mean for x, k in ((cluster, {}), (A, {"k": cluster.k})))
+    np.testing.assert_allclose(found, truth, rtol=0, atol=(10 * rtol or 1e-9) * np.abs(truth).max())
+
+
+@pytest.mark.parametrize("rtol", [3e-5, 1e-3])
+@pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-5, 1e-6])
+def test_accuracy_and_certificate_of_clusters_with_a_small_gap(rtol, gap):
+    """The triplet's factor was good enough for the gap of one value, not for that of any cluster."""
+    rng = np.random.default_rng(1)
+    s = [2.2, 2.02, 2.01, 2.005, 2.0, 2 - gap, 2 - 1.1 * gap, 2 - 1.2 * gap, 2 - 1.5 * gap]
+    s = np.array([*s, *np.sort(rng.uniform(0.0, 1.0, 291))[::-1]])
+    U, V = (np.linalg.qr(rng.standard_normal((300, 300)))[0] for _ in range(2))
+    A, B = (U * s) @ V.T, rng.standard_normal((12, 12)) * gap / 7
+    H = U[:, :12] @ B @ V[:, :12].T
+    cluster = leading_cluster(singular_triplet(A, rtol=rtol), 2 - 0.3 * gap, 2 - 0.7 * gap)
+    assert cluster.k == tuple(range(5))
+    for order in (3, 4, 6):
+        series, truth = sigma_series(cluster, H, order), sigma_series(A, H, order, k=cluster.k)
+        np.testing.assert_allclose(series.mean, truth.mean, rtol=0, atol=rtol * np.abs(truth.mean[1:]).max())
+        assert np.all(np.abs(series.mean[2:] / truth.mean[2:] - 1) < 100 * rtol)
+        for x in (0.01, 0.03, 0.1, 0.3):
+            mean = np.linalg.svd(np.diag(s[:12]) + x * B, compute_uv=False)[:5].mean()
+            partial = sum(c * x**n for n, c in enumerate(series.mean))
+            assert abs(mean - partial) <= series.remainder(x)
+
+
+def test_of_a_matrix_in_single_precision():
+    """Where the Gram matrix does not do, the SVD of what the triplet holds."""
+    rng = np.random.default_rng(0)
+    A = with_spectrum(rng, 100, 120, 10.0 ** -np.linspace(0, 6, 100)).astype(np.float32)
+    s = np.linalg.svd(A, compute_uv=False)
+    between = (s[19] + s[20]) / 2
+    cluster = leading_cluster(singular_triplet(A), between, between, most=40)
+    assert cluster.k == tuple(range(20))
+    assert cluster.sigma.dtype == np.float32
+    np.testing.assert_allclose(cluster.sigma, s[:20], rtol=1e-4)
+
+
+def test_bounds_of_any_kind():
+    A = random((20, 30))
+    s = np.linalg.svd(A, compute_uv=False)
+    triplet = singular_triplet(torch.as_tensor(A))
+    bound = (s[2] + s[3]) / 2
+    for x in (bound, float(bound), np.asarray(bound), torch.tensor(bound), Fraction(float(bound))):
+        assert leading_cluster(triplet, x, x).k == (0, 1, 2)
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-3])
+def test_a_bound_just_below_the_largest_value(rtol):
+    for seed in range(6):
+        A = random((256, 270), seed=seed).astype(np.float32)
+        triplet = singular_triplet(A, rtol=rtol, dtype=np.float64)
+        upper = np.nextafter(float(triplet.sigma), 0.0)
+        assert leading_cluster(triplet, upper, upper).k == (0,)
+        assert leading_cluster(triplet, triplet.sigma, triplet.sigma) is None
+
+
+def test_a_cluster_is_not_several_values():
+    A, H = np.diag([3.0, 3.0 - 1e-7, 2.0, 1.0]), np.eye(4)
+    cluster = leading_cluster(A, 2.5, 2.2)
+    with pytest.raises(TypeError, match="single values to enclose, got that of a cluster"):
+        kato_temple(cluster, H)
+    for call in (
+        lambda: sigma_series(cluster, H, 2, k=[0, 1]),
+        lambda: sigma_derivative(cluster, 2, directions=H, k=[0, 1]),
+        lambda: singular_triplet(cluster, k=[0, 1]),
+    ):
+        with pytest.raises(TypeError, match=r"single values for the list k = \[0, 1\], got that of a cluster"):
+            call()
