@@ -29,7 +29,6 @@ __all__ = ["Caught", "collect", "settle"]
 
 NO_GRADIENT = "no gradient reached this layer"
 NO_SAMPLES = "no samples reached this layer"
-KEPT = "frozen with a gradient left, by which the optimizer still moves it"
 SILENT = "a gradient reached the weight past the monitor: used by a function, or compiled away"
 EDITED = "weight was changed between backward and step"
 MISMATCH = "contributions do not sum to the gradient"
@@ -54,6 +53,7 @@ class Caught:
     lr: float
     batch: int = 0
     frozen: bool = False
+    kept: bool = False  # frozen, but not without a gradient
     still: bool = False  # without a gradient: the optimiser passes it by
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -106,12 +106,13 @@ def collect(
     owned = [groups.get(id(p)) for p in watch.parameters if p.requires_grad]
     lr = max((float(group["lr"]) for group in owned if group), default=_largest_rate(optimizer))
     caught = Caught(watch, watch.spectrum, lr, frozen=not watch.trained)
-    passes = watch.merged(outer)
+    merged = watch.merged(outer)
+    passes = [single for single in merged if single.counted]
     caught.eps = max(watch.eps, *(torch.finfo(p.dtype).eps for p in watch.parameters))
     caught.batch = sum(single.samples for single in passes)
-    if caught.frozen and any(p.grad is not None and id(p) in groups for p in watch.parameters):
-        caught.frozen, caught.problems = False, [KEPT]
-    elif not caught.frozen:
+    if caught.frozen:
+        caught.kept = any(p.grad is not None and id(p) in groups for p in watch.parameters)
+    else:
         # Shards are gathered here and in the response: whatever this process's samples did, all must come by.
         gradients = [
             gradient_of(optimizer, p) if p.requires_grad and p.grad is not None else None for p in watch.parameters
@@ -121,7 +122,7 @@ def collect(
         if caught.spectrum.triplet is not None and None not in owned:
             _respond(caught, optimizer, groups, gradients, split, reference)
         if not caught.problems and caught.drift is not None:
-            _gather(caught, passes, split, keep_gradients)
+            _gather(caught, merged, split, keep_gradients)
     caught.problems += [problem for problem in watch.problems if problem not in caught.problems]
     watch.forget()
     return caught
@@ -222,25 +223,46 @@ def _rate(group: dict[str, Any], lr: float) -> float:
     return float(group["lr"]) / lr if lr else 1.0
 
 
-def _gather(caught: Caught, passes: list[Pass], split: bool, keep_gradients: bool) -> None:
-    """Join micro-batches to one batch of contributions."""
-    watch = caught.watch
+def _gather(caught: Caught, merged: list[Pass], split: bool, keep_gradients: bool) -> None:
+    """Join micro-batches to one batch of contributions.
+
+    Gradients of `torch.autograd.grad` may have been added by hand: where what is counted does not make up the gradient,
+    up to a factor, and all passes together do, they are the batch.
+    """
     if caught.batch == 0:
         caught.problems.append(NO_SAMPLES)
         return
+    caught.noise = _joined(caught, [single for single in merged if single.counted], split, keep_gradients)
+    if caught.noise is None or all(single.counted for single in merged) or _fits(caught, caught.noise):
+        return
+    whole = _joined(caught, merged, split, keep_gradients)
+    if whole is not None and _fits(caught, whole):
+        caught.noise, caught.batch = whole, sum(single.samples for single in merged)
+
+
+def _fits(caught: Caught, noise: GradientNoise) -> bool:
+    """Whether the samples sum to a multiple of the gradient."""
+    assert caught.whole is not None
+    factor, _ = nearest_factor(noise, caught.whole)
+    return bool(mismatch(noise.scaled(factor), caught.whole) <= caught.tolerance)
+
+
+def _joined(caught: Caught, passes: list[Pass], split: bool, keep_gradients: bool) -> GradientNoise | None:
+    """The contributions of all samples of the passes; None leaves a problem behind."""
+    watch = caught.watch
     sums = [_sums(watch, single, caught.weights) for single in passes]
     if watch.problems or any(part is None for part in sums):
         caught.problems += watch.problems
-        return
+        return None
     joined = [torch.cat(parts) for parts in zip(*(part for part in sums if part is not None), strict=True)]
     try:
         squares = _squares(caught, passes) if split else None
         gradients = _gradients(caught, passes) if keep_gradients and squares is not None else None
     except Exception as error:  # of the user's own code, as in `Watch.contract`
         caught.problems.append(failure(error))
-        return
+        return None
     bend = (joined[2], joined[3]) if len(joined) == 4 else None
-    caught.noise = GradientNoise.from_contributions(joined[0], joined[1], squares, caught.mean, bend, gradients)
+    return GradientNoise.from_contributions(joined[0], joined[1], squares, caught.mean, bend, gradients)
 
 
 def _sums(watch: Watch, single: Pass, weights: list[Tensor] | None) -> tuple[Tensor, ...] | None:

@@ -61,6 +61,7 @@ class Pass:
     samples: int
     sums: tuple[Tensor, ...] | None = None
     calls: list[Call] = field(default_factory=list)
+    counted: bool = True  # a gradient reached a parameter in it
 
 
 @dataclass
@@ -180,7 +181,8 @@ class Watch:
     def merged(self, outer: dict[int, int]) -> list[Pass]:
         """The passes, those inside checkpoints added to the pass around them.
 
-        Without those that reached no parameter, such as one of `torch.autograd.grad` for the inputs.
+        Not counted are those that reached no parameter, such as one of `torch.autograd.grad` for the inputs, where
+        others did.
         """
 
         def root(backward: int) -> int:
@@ -189,15 +191,13 @@ class Watch:
             return backward
 
         # where shards are reduced, several passes may reach a parameter at once
-        counted = (
-            {root(backward) for backward in self.reached} if all(local(p) is p for p in self.parameters) else set()
-        )
+        whole_ones = all(local(p) is p for p in self.parameters)
+        reached = {root(backward) for backward in self.reached} if whole_ones else set()
+        some = any(root(backward) in reached for backward in self.passes)
         merged: dict[int, Pass] = {}
         for backward, single in self.passes.items():
             backward = root(backward)
-            if counted and backward not in counted:
-                continue
-            whole = merged.setdefault(backward, Pass(single.samples))
+            whole = merged.setdefault(backward, Pass(single.samples, counted=not some or backward in reached))
             if whole.samples != single.samples:
                 self.problems[UNPAIRED] = None
                 continue

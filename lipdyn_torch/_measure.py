@@ -29,6 +29,7 @@ BATCH_OF_ONE = "batch of one: noise terms undefined"
 CLIPPED = "predicted change below -90 %: clipped"
 OTHER_UPDATE = "the step is not the one the optimizer's formula gives: drift and noise terms unknown"
 FROZEN = "frozen"
+KEPT = "frozen with a gradient left, by which the optimizer still moves it"
 _FORCES = ("mu", "kappa", "lambda_sq", "gHg")
 
 
@@ -58,6 +59,9 @@ class Measurement:
             values, matrices = watch.look()
         if caught.drift is not None and not caught.problems and caught.unexplained(values):
             caught.problems.append(OTHER_UPDATE)
+        if caught.kept and not torch.equal(matrices, before.matrices):
+            caught.frozen = False
+            caught.problems.append(KEPT)
         path = self._path(matrices, after)
         self.row = {"layer": caught.watch.name, "lr": caught.lr, "batch": caught.batch}
         self.row |= {"sigma": before.sigma, "gap": before.gap}

@@ -470,7 +470,7 @@ class LipschitzMonitor:
         if any(watch.accumulated for watch in caught):  # else none was on its way to a step, here or elsewhere
             overflowed = any(watch.overflowed() for watch in caught)
             skipped = self._agree(int(overflowed)) > 0 and not self._inside
-        batch = max(sum(p.samples for p in watch.merged(self._switch.outer)) for watch in self._watches)
+        batch = max(sum(p.samples for p in watch.merged(self._switch.outer) if p.counted) for watch in self._watches)
         for watch in self._watches:
             watch.forget()
         self._switch.outer.clear()

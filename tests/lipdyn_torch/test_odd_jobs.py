@@ -590,6 +590,60 @@ def test_gradients_of_the_inputs_beside_those_of_the_weights(order, micro):
             assert row[column] == pytest.approx(expected[column], rel=1e-12, nan_ok=True)
 
 
+@pytest.mark.parametrize("by_hand", ["first", "second", "both"])
+def test_gradients_added_by_hand(by_hand):
+    """What `torch.autograd.grad` gives and the user adds to ``grad`` belongs to the batch."""
+    rows = []
+    for hand in (by_hand, "none"):
+        torch.manual_seed(3)
+        model = mlp().double()
+        optimizer = sgd(model)
+        x = torch.randn(8, 6, dtype=torch.float64)
+        with LipschitzMonitor(model, optimizer, noise="split") as monitor:
+            for _ in range(2):
+                optimizer.zero_grad()
+                for part, name in zip(x.chunk(2), ("first", "second"), strict=True):
+                    loss = model(part).square().mean() / 2
+                    if hand not in (name, "both"):
+                        loss.backward()
+                        continue
+                    parameters = list(model.parameters())
+                    for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                        p.grad = g if p.grad is None else p.grad + g
+                optimizer.step()
+        rows.append(monitor.history.rows)
+    for row, expected in zip(*rows, strict=True):
+        assert (row["status"], row["batch"]) == ("ok", 8)
+        for column in ("mu", "kappa", "kappa_var", "lambda_sq", "gHg", "dz3"):
+            assert row[column] == pytest.approx(expected[column], rel=1e-12, nan_ok=True)
+
+
+def test_a_retained_graph_is_called_so():
+    model = mlp()
+    with LipschitzMonitor(model, sgd(model)) as monitor:
+        x = torch.randn(8, 6, requires_grad=True)
+        loss = model(x).square().mean()
+        torch.autograd.grad(loss, x, retain_graph=True)
+        loss.backward()
+        monitor._optimizer.step()
+    assert statuses(monitor)["0"] == "several backward passes through one forward pass"
+    assert monitor.history.rows[0]["batch"] == 8
+
+
+def test_frozen_with_a_gradient_of_zeros():
+    """Plain SGD does not move it: nothing is wrong."""
+    model = mlp()
+    optimizer = sgd(model)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for step in range(3):
+            if step == 1:
+                model[0].requires_grad_(False)
+            optimizer.zero_grad(set_to_none=False)
+            model(torch.randn(8, 6)).square().mean().backward()
+            optimizer.step()
+    assert statuses(monitor) == {"0": "frozen", "2": "ok", "network": "ok"}
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_frozen_with_a_gradient_left(optimizer):
     """What is frozen by requires_grad alone goes on moving where its gradient is kept: by decay and momentum."""
