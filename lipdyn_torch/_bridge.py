@@ -131,6 +131,8 @@ def _tensor(a: Any) -> Tensor:
 #: A cluster holds the values within this many times the norm of a step of the largest, and may end in the widest gap
 #: up to the second number; of at most so many values (theory 2.8).
 REACH, MOST = (4.0, 6.0), 16
+#: Relative accuracy of what the effective matrices have beyond the first order, in single precision.
+CLUSTER_ACCURACY = 1e-3
 REPEATED = "largest singular value is repeated"
 
 
@@ -270,7 +272,7 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, size: float) -> list[float
     for source, count, step in zip(sources, counts, steps, strict=True):
         if count == 0:
             continue
-        cluster = specpert.leading_cluster(source, upper, lower, MOST)
+        cluster = specpert.leading_cluster(source, upper, lower, MOST, rtol=CLUSTER_ACCURACY)
         if cluster is None:
             return None
         series = specpert.sigma_series(cluster, _array(step), 3)

@@ -93,7 +93,7 @@ def _polished(
     if size > len(K) * rounding * theta:
         raise np.linalg.LinAlgError("the start is too far from the top vector")
     drift = float(np.linalg.norm(u - a @ (a.conj().T @ u)))
-    _, second, error = next_value(product, u, solver, rtol)
+    _, second, error, _ = next_value(product, u, solver, rtol)
     if theta - second <= 10 * error:  # so close that the estimate would decide whether it is a tie
         raise np.linalg.LinAlgError("the next value is not known well enough")
     if not solver.precise and rtol * (theta - second) < SINGLE_ERROR * float(np.finfo(K.dtype).eps) * theta:
@@ -138,8 +138,10 @@ def _lanczos_top(K: np.ndarray) -> np.ndarray:
     return largest(K.__matmul__, start, max(1e-10, 8 * float(np.finfo(K.dtype).eps)))
 
 
-def next_value(product: Product, u: np.ndarray, solver: CholeskySolver, rtol: float) -> tuple[float, float, float]:
-    """Lower and upper estimate of the largest eigenvalue of K on the complement of u (r, c); residual of its vector.
+def next_value(
+    product: Product, u: np.ndarray, solver: CholeskySolver, rtol: float
+) -> tuple[float, float, float, np.ndarray]:
+    """Lower and upper estimate of the largest eigenvalue of K on the complement of u (r, c), the vector's residual, it.
 
     By Lanczos on the inverse, less the 1 / theta that it has for a value zero: K / (theta (theta I - K)). What a random
     start can have hidden by its small share in a vector, about 1 / sqrt(r), is added.
@@ -166,7 +168,7 @@ def next_value(product: Product, u: np.ndarray, solver: CholeskySolver, rtol: fl
         value, residual = _rayleigh(product, x)
         slack = tol * value + rounding * theta
     error = float(np.linalg.norm(residual))
-    return value, value + error + hidden * slack, error
+    return value, value + error + hidden * slack, error, x
 
 
 def largest(product: Product, start: np.ndarray, rtol: float, floor: float = 0.0, width: int = 40) -> np.ndarray:

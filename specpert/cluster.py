@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from specpert._arrays import Array, Namespace, adjoint, as_arrays, check_matrix, eps, from_host
+from specpert._checks import check_fraction
 from specpert._dense import by_dense, of_gram
 from specpert._isolation import isolation
 from specpert._resolvent import SmallSideResolvent
@@ -25,7 +26,7 @@ from specpert.triplet import SingularTriplet, assemble
 _REFINE_FROM = 1024  # smaller side from which refined vectors cost less in double precision than all eigenvectors
 
 
-def leading_cluster(A: Any, upper: float, lower: float, most: int = 16) -> SingularTriplet | None:
+def leading_cluster(A: Any, upper: float, lower: float, most: int = 16, *, rtol: float = 0.0) -> SingularTriplet | None:
     """The largest singular values as one cluster that ends between `upper` and `lower`, where the gap is widest.
 
     Its series (``sigma_series(cluster, H, order)``, theory 1.8) is of use for steps that single values are too close
@@ -39,12 +40,14 @@ def leading_cluster(A: Any, upper: float, lower: float, most: int = 16) -> Singu
         Values above `upper` belong to the cluster, values below `lower` do not; to the accuracy of the triplet.
     most : int
         As many values a cluster may have.
+    rtol : float
+        Relative accuracy asked of what the series has beyond its first order; by default that of the triplet. Where the
+        triplet has a factor in single precision, more clusters can do with it.
 
     Returns
     -------
     SingularTriplet or None
-        With k = (0, 1, ...), to the accuracy the triplet was made for; None where more than `most` values are above
-        `upper`, or none.
+        With k = (0, 1, ...); None where more than `most` values are above `upper`, or none.
 
     Raises
     ------
@@ -69,6 +72,7 @@ def leading_cluster(A: Any, upper: float, lower: float, most: int = 16) -> Singu
     if not isinstance(most, numbers.Integral) or isinstance(most, bool) or most < 1:
         raise ValueError(f"expected most to be a positive integer, got {most!r}")
     most = int(most)
+    check_fraction(rtol, "rtol")
     if not isinstance(A, SingularTriplet):
         xp, (A,) = as_arrays(A, names=["A"])
         check_matrix(A, "A", xp)
@@ -90,7 +94,7 @@ def leading_cluster(A: Any, upper: float, lower: float, most: int = 16) -> Singu
     upper = min(upper, (1 - 1e-13) * sigma)  # so that rounding does not take sigma itself below
     lower = min(lower, upper)
     try:
-        return _of_gram(triplet, small, upper, lower, most)
+        return _of_gram(triplet, small, upper, lower, most, rtol)
     except (np.linalg.LinAlgError, ConvergenceError):  # Gram matrix or factor do not tell the values apart
         B = small.solve.gram.B if isinstance(small.solve, CholeskySolver) else small.matrix
         B = B.astype(small.u.dtype, copy=False)
@@ -142,7 +146,7 @@ def _of_svd(triplet: SingularTriplet, upper: float, lower: float, most: int) -> 
 
 
 def _of_gram(
-    triplet: SingularTriplet, small: SmallSideResolvent, upper: float, lower: float, most: int
+    triplet: SingularTriplet, small: SmallSideResolvent, upper: float, lower: float, most: int, rtol: float
 ) -> SingularTriplet | None:
     """Raises numpy.linalg.LinAlgError or ConvergenceError where that is not accurate."""
     solve = small.solve
@@ -155,12 +159,26 @@ def _of_gram(
             if known is None:
                 return None
             w, X = known
-            c = _cut(_roots(w), upper, lower, most)
-            if c is None or c == len(w):
-                raise np.linalg.LinAlgError("the values at the top are not known well enough")
-            close = solve.rtol * (w[c - 1] - w[c]) < SINGLE_ERROR * float(np.finfo(solve.dtype).eps) * w[0]
-            if solve.precise or not close:
-                w, X, rest = _refined(solve, w[: c + 1], X[:, :c], upper * upper)
+            rtol = max(rtol, solve.rtol)
+            for _ in range(most + 1):
+                c = _cut(_roots(w), upper, lower, most)
+                if c is None:
+                    return None
+                if c == len(w):
+                    raise np.linalg.LinAlgError("the values at the top are not known well enough")
+                close = rtol * (w[c - 1] - w[c]) < SINGLE_ERROR * float(np.finfo(solve.dtype).eps) * w[0]
+                if close and not solve.precise:
+                    break
+                found = _refined(solve, w[: c + 1], X[:, :c], upper * upper, rtol)
+                if found.missed is None:
+                    w, X, rest = found.w, found.X, found.solver
+                    break
+                # it may change where the cluster ends; those roughly known that it stands for are dropped
+                value, x = found.missed
+                others = c + np.flatnonzero(np.abs(x.conj().T @ X[:, c:])[0] < 0.5)
+                w, X = np.r_[found.w, value, w[others]], np.hstack([found.X, x, X[:, others]])
+                order = np.argsort(-w, kind="stable")
+                w, X = w[order], X[:, order]
         if rest is None:
             gram = gram.at(small.u.dtype)
             w, X = np.linalg.eigh(gram.matrix())
@@ -225,6 +243,18 @@ def _leading(solver: CholeskySolver, upper: float, lower: float, most: int) -> t
     raise ConvergenceError("expected Lanczos to find the values at the top, got none")
 
 
+class _Refined(NamedTuple):
+    """Values (c + 1,), the last an upper estimate of the largest not in the cluster; vectors (r, c); solver.
+
+    Or a value and its vector (r, 1) that had been missed.
+    """
+
+    w: np.ndarray
+    X: np.ndarray
+    solver: ClusterSolver
+    missed: tuple[float, np.ndarray] | None = None
+
+
 def _settled(w: np.ndarray, errors: np.ndarray, c: int, wanted: int, upper: float, lower: float, floor: float) -> bool:
     """Whether nothing that the first c values are chosen for can change any more."""
     gap = w[c - 1] - w[c]
@@ -235,20 +265,17 @@ def _settled(w: np.ndarray, errors: np.ndarray, c: int, wanted: int, upper: floa
     return bool(inside and outside and others[0] <= max(upper, w[c] + 1e-2 * gap) + 2 * floor)
 
 
-def _refined(
-    solver: CholeskySolver, w: np.ndarray, X: np.ndarray, upper: float
-) -> tuple[np.ndarray, np.ndarray, ClusterSolver]:
-    """Values (c + 1,), vectors (r, c) and solver of the cluster near X, by Newton's method.
+def _refined(solver: CholeskySolver, w: np.ndarray, X: np.ndarray, upper: float, rtol: float) -> _Refined:
+    """The cluster near X, by Newton's method; the last of the w is roughly the next value.
 
-    The last of the values, an upper estimate, is the largest that is not of the cluster. Raises
-    numpy.linalg.LinAlgError where that is above `upper`, or the vectors are not those of the largest values.
+    Raises numpy.linalg.LinAlgError where the vectors are not known well, or not those of the largest values.
     """
     K, gram, rounding = solver.K, solver.gram, float(np.finfo(X.dtype).eps)
     product: Product = K.__matmul__ if solver.precise else gram
     X, w, outside = np.linalg.qr(X)[0], w[:-1], float(w[-1])
     # about as far from all of the cluster's values
     middle = outside + math.sqrt((w[0] - outside) * (w[-1] - outside))
-    cluster = ClusterSolver(CholeskySolver(K, X, middle, gram, solver.rtol, w), w)
+    cluster = ClusterSolver(CholeskySolver(K, X, middle, gram, rtol, w), w)
     enough, before = 8 * rounding * w[0], math.inf
     if not solver.precise:  # its equations are solved to single precision only
         enough = max(enough, 1e-6 * (w[-1] - outside))
@@ -266,8 +293,9 @@ def _refined(
     if size > max(len(X) * rounding * w[0], enough):
         raise np.linalg.LinAlgError("the vectors of the cluster are not known well enough")
     inner = CholeskySolver(K, X, float(w[-1]), gram, w=w)  # proves that no other value is above the lowest
-    least, second, error = next_value(product, X, inner, 0.0)
-    missed = least > upper + 8 * rounding * w[0] or least > outside + 0.5 * (w[-1] - outside)
-    if w[-1] - second <= 10 * error or missed:
-        raise np.linalg.LinAlgError("the next value is not known well enough, or one was missed")
-    return np.append(w, second), X, cluster
+    least, second, error, x = next_value(product, X, inner, 0.0)
+    if least > upper + 8 * rounding * w[0] or least > outside + 0.1 * (w[-1] - outside):
+        return _Refined(w, X, cluster, (least, x))
+    if w[-1] - second <= 10 * error:
+        raise np.linalg.LinAlgError("the next value is not known well enough")
+    return _Refined(np.append(w, second), X, cluster)

@@ -150,25 +150,26 @@ def test_of_a_triplet_of_another_library():
     torch.testing.assert_close(sigma_series(cluster, H, 2).mean, sigma_series(A, H, 2, k=(0, 1, 2)).mean)
 
 
-def test_a_missed_value_is_not_passed_over(monkeypatch):
-    """Where Lanczos has not seen a value, the factorisation finds it, and the whole spectrum decides."""
+@pytest.mark.parametrize("missed", [2, 5])
+def test_a_missed_value_is_not_passed_over(monkeypatch, missed):
+    """Inside the cluster the factorisation finds it, and the whole spectrum decides; at its end it is put back."""
     import specpert.cluster
 
     monkeypatch.setattr(specpert.cluster, "_REFINE_FROM", 0)
     A = random((256, 300))
     s = np.linalg.svd(A, compute_uv=False)
-    triplet, between = singular_triplet(A), (s[4] + s[5]) / 2
+    triplet, between = singular_triplet(A), (s[5] + s[6]) / 2
     leading = specpert.cluster._leading
 
     def blind(*args):
         w, X = leading(*args)
-        return np.delete(w, 2), np.delete(X, 2, axis=1)
+        return np.delete(w, missed), np.delete(X, missed, axis=1)
 
     monkeypatch.setattr(specpert.cluster, "_leading", blind)
     cluster = leading_cluster(triplet, between, between)
-    assert cluster.k == tuple(range(5))
-    assert isinstance(cluster._small_side.solve, EigenSolver)
-    np.testing.assert_allclose(cluster.sigma, s[:5], rtol=1e-13)
+    assert cluster.k == tuple(range(6))
+    assert isinstance(cluster._small_side.solve, EigenSolver if missed == 2 else ClusterSolver)
+    np.testing.assert_allclose(cluster.sigma, s[:6], rtol=1e-13)
 
 
 def test_what_is_refused():
@@ -233,6 +234,21 @@ def test_accuracy_and_certificate_of_clusters_with_a_small_gap(rtol, gap):
             mean = np.linalg.svd(np.diag(s[:12]) + x * B, compute_uv=False)[:5].mean()
             partial = sum(c * x**n for n, c in enumerate(series.mean))
             assert abs(mean - partial) <= series.remainder(x)
+
+
+def test_less_accuracy_lets_more_clusters_do_with_a_single_precision_factor():
+    A, H = random((420, 256)), random((420, 256), seed=1)
+    s = np.linalg.svd(A, compute_uv=False)
+    triplet, between = singular_triplet(A, rtol=3e-5), (s[15] + s[16]) / 2
+    exact = sigma_series(A, H, 3, k=tuple(range(16))).mean
+    for rtol, kind in ((0.0, EigenSolver), (1e-3, ClusterSolver)):
+        cluster = leading_cluster(triplet, between, between, rtol=rtol)
+        assert isinstance(cluster._small_side.solve, kind)
+        found = sigma_series(cluster, H, 3).mean
+        np.testing.assert_allclose(found[:2], exact[:2], rtol=1e-6)
+        np.testing.assert_allclose(found[2:], exact[2:], rtol=0, atol=max(rtol, 1e-9) * np.abs(exact[2:]).max())
+    with pytest.raises(ValueError, match="0 <= rtol < 1"):
+        leading_cluster(triplet, between, between, rtol=1.0)
 
 
 def test_of_a_matrix_in_single_precision():
