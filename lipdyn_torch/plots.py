@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lipdyn_torch.dynamics import moving_average, step_increments
-from lipdyn_torch.history import NETWORK, History, as_frame
-from lipdyn_torch.predict import SDE, Prediction, from_known, observed, pathwise, sde
+from lipdyn_torch.history import NETWORK, History
+from lipdyn_torch.predict import SDE, Prediction, from_known, measured, observed, pathwise, sde
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -171,7 +171,7 @@ def heatmap_figure(history: History | pd.DataFrame, context: str = "paper") -> F
         At least one monitored step.
     context : {"paper", "slide"}
     """
-    frame = _rows_of(history)
+    frame = measured(history)
     layers = [name for name in frame["layer"].unique() if name != NETWORK]
     tables = {column: _by_layer(frame, column, layers) for column in ("z", "mu", "lambda_sq")}
     start = np.isfinite(tables["z"]).argmax(axis=1)  # a layer that is zero at first has no logarithm
@@ -205,7 +205,7 @@ def validity_figure(history: History | pd.DataFrame, context: str = "paper") -> 
         At least one monitored step.
     context : {"paper", "slide"}
     """
-    frame = _rows_of(history)
+    frame = measured(history)
     with _figure(context, 3.0) as figure:
         left, right = figure.subplots(1, 2)
         for axes, column in ((left, "gap"), (right, "eps")):
@@ -244,7 +244,7 @@ def split_figure(history: History | pd.DataFrame, context: str = "paper") -> Fig
     ValueError
         The parts were not measured.
     """
-    frame = _rows_of(history)
+    frame = measured(history)
     if "kappa_var" not in frame:
         raise ValueError(
             "expected a history with variance and covariance parts, got one without; monitor with noise='split'"
@@ -312,7 +312,7 @@ def error_panel(axes: Axes, predictions: list[Prediction]) -> None:
 
 def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
     """Drift, noise curvature and noise of each layer in three panels, as moving averages."""
-    frame = _rows_of(history)
+    frame = measured(history)
     titles = {
         "mu": "drift $\\mu$",
         "kappa": "noise curvature $\\kappa$",
@@ -336,14 +336,6 @@ def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
     panels[0].set_ylabel(f"per unit time (one step = lr),\nmean of {window} steps")
 
 
-def _rows_of(history: History | pd.DataFrame) -> pd.DataFrame:
-    """All rows, of which there must be some."""
-    frame = as_frame(history)
-    if len(frame) == 0:
-        raise ValueError("expected rows to draw, got a history without any: no step has been measured yet")
-    return frame
-
-
 def _predictions(history: History | pd.DataFrame) -> list[Prediction]:
     """Those the history allows: the SDE always, the path where every step was monitored."""
     predictions = [sde(history)]
@@ -355,7 +347,7 @@ def _predictions(history: History | pd.DataFrame) -> list[Prediction]:
 
 def _contributions(history: History | pd.DataFrame) -> tuple[NDArray, NDArray, int]:
     """Steps (n + 1,), what each of `FORCES` has added by then (4, n + 1), and the number of steps without terms."""
-    frame = from_known(_rows_of(history))
+    frame = from_known(measured(history))
     rows = frame[frame["layer"] == NETWORK]
     step, z = observed(frame)
     m, c, _ = step_increments(rows["lr"], rows["mu"], rows["kappa"], rows["lambda_sq"])

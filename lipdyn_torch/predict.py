@@ -36,6 +36,7 @@ __all__ = [
     "forecast",
     "from_known",
     "increments",
+    "measured",
     "moments",
     "observed",
     "pathwise",
@@ -388,6 +389,14 @@ def _certificate(history: History | pd.DataFrame, order: int, layer: str) -> NDA
     return np.concatenate([[0.0], np.cumsum(per_step)])
 
 
+def measured(history: History | pd.DataFrame) -> pd.DataFrame:
+    """All rows, of which there must be some."""
+    frame = as_frame(history)
+    if len(frame) == 0:
+        raise ValueError("expected a history with rows, got one without any: no step has been measured yet")
+    return frame
+
+
 def from_known(history: History | pd.DataFrame, layer: str = NETWORK) -> pd.DataFrame:
     """The rows from the first step on at which log sigma is known: as long as a weight is zero it is not."""
     frame = as_frame(history)
@@ -409,11 +418,9 @@ def _moves(history: History | pd.DataFrame) -> pd.DataFrame:
 
 
 def _rows(history: History | pd.DataFrame, layer: str) -> pd.DataFrame:
-    frame = as_frame(history)
+    frame = measured(history)
     rows = frame[frame["layer"] == layer]
     if len(rows) == 0:
-        if len(frame) == 0:
-            raise ValueError("expected a history with rows, got one without any: no step has been measured yet")
         names = ", ".join(map(repr, frame["layer"].unique()))
         raise ValueError(f"expected a layer of the history, got {layer!r}; there are {names}")
     return rows

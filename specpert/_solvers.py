@@ -157,16 +157,17 @@ class ClusterSolver:
     residuals of the solves are kept for the certificate.
     """
 
-    def __init__(self, inner: CholeskySolver, w: np.ndarray) -> None:
-        self.inner, self.w, self.dtype = inner, w, inner.dtype
+    def __init__(self, inner: CholeskySolver) -> None:
+        self.inner, self.dtype = inner, inner.dtype
         self.residuals: list[float] = []
 
     def fresh(self) -> ClusterSolver:
         """The same without residuals."""
-        return ClusterSolver(self.inner, self.w)
+        return ClusterSolver(self.inner)
 
     def __call__(self, b: np.ndarray) -> np.ndarray:
         """As of the protocol, of columns b (..., r, c)."""
+        w = self.inner.values[:, 0]
         size = np.linalg.norm(b, axis=-2, keepdims=True)
         size[size == 0] = 1.0
         residual = self._outside(b / size)
@@ -177,7 +178,7 @@ class ClusterSolver:
         asked = 0.0 if self.inner.precise else self.inner.rtol / 10
         found, floor = np.zeros_like(slope), max(4 * float(np.finfo(self.dtype).eps), asked)
         for _ in range(500):
-            image = self._outside(self.w.astype(x.real.dtype) * direction - self.inner.K @ direction)
+            image = self._outside(w.astype(x.real.dtype) * direction - self.inner.K @ direction)
             curvature = _inner(direction, image)
             length = np.divide(slope, curvature, out=np.zeros_like(slope), where=curvature > 0)
             x, residual = x + length * direction, residual - length * image
@@ -186,7 +187,7 @@ class ClusterSolver:
             left = slope > floor * floor * found  # squares of the error, at most, and of x, in the energy norm
             if not left.any():
                 if not self.inner.precise:
-                    rounding = 4 * float(np.finfo(self.dtype).eps) * self.w[0]
+                    rounding = 4 * float(np.finfo(self.dtype).eps) * w[0]
                     norms = np.linalg.norm(residual, axis=-2) + rounding * np.linalg.norm(x, axis=-2)
                     self.residuals.append(float(np.max(norms * size[..., 0, :])))
                 return np.multiply(x, size, dtype=b.dtype)

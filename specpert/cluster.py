@@ -26,6 +26,10 @@ from specpert.triplet import SingularTriplet, assemble
 _REFINE_FROM = 1024  # smaller side from which refined vectors cost less in double precision than all eigenvectors
 
 
+class _TooManyError(Exception):
+    """More values are above the bound than a cluster may have."""
+
+
 def leading_cluster(A: Any, upper: float, lower: float, most: int = 16, *, rtol: float = 0.0) -> SingularTriplet | None:
     """The largest singular values as one cluster that ends between `upper` and `lower`, where the gap is widest.
 
@@ -95,6 +99,8 @@ def leading_cluster(A: Any, upper: float, lower: float, most: int = 16, *, rtol:
     lower = min(lower, upper)
     try:
         return _of_gram(triplet, small, upper, lower, most, rtol)
+    except _TooManyError:
+        return None
     except (np.linalg.LinAlgError, ConvergenceError):  # Gram matrix or factor do not tell the values apart
         B = small.solve.gram.B if isinstance(small.solve, CholeskySolver) else small.matrix
         B = B.astype(small.u.dtype, copy=False)
@@ -149,44 +155,24 @@ def _of_gram(
     triplet: SingularTriplet, small: SmallSideResolvent, upper: float, lower: float, most: int, rtol: float
 ) -> SingularTriplet | None:
     """Raises numpy.linalg.LinAlgError or ConvergenceError where that is not accurate."""
-    solve = small.solve
-    assert isinstance(solve, CholeskySolver | EigenSolver)
-    rest: ClusterSolver | np.ndarray | None = None
+    solve, found = small.solve, None
     if isinstance(solve, CholeskySolver):
         gram = solve.gram
         if not solve.precise or len(solve.K) >= _REFINE_FROM:
             known = _leading(solve, upper * upper, lower * lower, most)
-            if known is None:
-                return None
-            w, X = known
-            rtol = max(rtol, solve.rtol)
-            for _ in range(most + 1):
-                c = _cut(_roots(w), upper, lower, most)
-                if c is None:
-                    return None
-                if c == len(w):
-                    raise np.linalg.LinAlgError("the values at the top are not known well enough")
-                close = rtol * (w[c - 1] - w[c]) < SINGLE_ERROR * float(np.finfo(solve.dtype).eps) * w[0]
-                if close and not solve.precise:
-                    break
-                found = _refined(solve, w[: c + 1], X[:, :c], upper * upper, rtol)
-                if found.missed is None:
-                    w, X, rest = found.w, found.X, found.solver
-                    break
-                # it may change where the cluster ends; those roughly known that it stands for are dropped
-                value, x = found.missed
-                others = c + np.flatnonzero(np.abs(x.conj().T @ X[:, c:])[0] < 0.5)
-                w, X = np.r_[found.w, value, w[others]], np.hstack([found.X, x, X[:, others]])
-                order = np.argsort(-w, kind="stable")
-                w, X = w[order], X[:, order]
-        if rest is None:
+            found = _by_factor(solve, *known, upper, lower, most, max(rtol, solve.rtol))
+        if found is None:
             gram = gram.at(small.u.dtype)
-            w, X = np.linalg.eigh(gram.matrix())
+            w, X = np.linalg.eigh(solve.K if solve.precise else gram.matrix())
             w, X = w[::-1], X[:, ::-1]
     else:
+        assert isinstance(solve, EigenSolver)
         assert small.matrix is not None
         gram, w, X = Gram(small.matrix), solve.values, np.hstack([small.u, solve.X])
-    if rest is None:
+    rest: ClusterSolver | np.ndarray
+    if found is not None:
+        w, X, rest = found.w, found.X, found.solver
+    else:
         c = _cut(_roots(w), upper, lower, most)
         if c is None:
             return None
@@ -197,15 +183,44 @@ def _of_gram(
     return of_gram(triplet.shape, gram, w, X, rest, True, triplet._e, None, triplet._P0, xp, triplet._dtype)
 
 
+def _by_factor(
+    solver: CholeskySolver, w: np.ndarray, X: np.ndarray, upper: float, lower: float, most: int, rtol: float
+) -> _Refined | None:
+    """The cluster among roughly known values and vectors; None where it is too close for the factor's precision.
+
+    Raises numpy.linalg.LinAlgError where the values are not known well enough.
+    """
+    for _ in range(most + 1):
+        c = _cut(_roots(w), upper, lower, most)
+        if c is None:
+            raise _TooManyError
+        if c == len(w):
+            raise np.linalg.LinAlgError("the values at the top are not known well enough")
+        close = rtol * (w[c - 1] - w[c]) < SINGLE_ERROR * float(np.finfo(solver.dtype).eps) * w[0]
+        if close and not solver.precise:
+            return None
+        found = _refined(solver, w[: c + 1], X[:, :c], upper * upper, rtol)
+        if found.missed is None:
+            return found
+        # it may change where the cluster ends; those roughly known that it stands for are dropped
+        value, x = found.missed
+        others = c + np.flatnonzero(np.abs(x.conj().T @ X[:, c:])[0] < 0.5)
+        w, X = np.r_[found.w, value, w[others]], np.hstack([found.X, x, X[:, others]])
+        order = np.argsort(-w, kind="stable")
+        w, X = w[order], X[:, order]
+    return None
+
+
 def _roots(w: np.ndarray) -> np.ndarray:
     return np.asarray(np.sqrt(np.maximum(w, 0.0)))
 
 
-def _leading(solver: CholeskySolver, upper: float, lower: float, most: int) -> tuple[np.ndarray, np.ndarray] | None:
+def _leading(solver: CholeskySolver, upper: float, lower: float, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Values (j,) and vectors (r, j) of K, roughly: all above `lower`, or the first most + 1 of them, and the next one.
 
-    None where more than `most` are above `upper`. By Lanczos on the inverse, whose largest values they are, until they
-    are known well beside their distances from the bounds and from the value that a cluster would end at.
+    Raises _TooManyError where more than `most` are above `upper`. By Lanczos on the inverse, whose largest values they
+    are, until they are known well beside their distances from the bounds and from the value that a cluster would end
+    at.
     """
     theta, dtype = solver.theta, solver.L.dtype
     a = solver.a.astype(dtype)
@@ -232,10 +247,10 @@ def _leading(solver: CholeskySolver, upper: float, lower: float, most: int) -> t
             w = np.append(theta, theta - 1 / values)  # Ritz values: below those they stand for
             errors = np.append(0.0, beta * np.abs(S[-1]) / values**2) + floor
             if int(np.sum(w > upper + floor)) > most:
-                return None
+                raise _TooManyError
             wanted = min(most, int(np.sum(w >= lower)))
             c = _cut(_roots(w), math.sqrt(upper), math.sqrt(lower), most)
-            if exhausted or (c is not None and wanted <= j and _settled(w, errors, c, wanted, upper, lower, floor)):
+            if exhausted or (c is not None and wanted <= j and _settled(w, errors, c, wanted, upper, floor)):
                 vectors = basis.T @ S[:, :wanted].astype(dtype)
                 return w[: wanted + 1], np.hstack([a, vectors]).astype(solver.a.dtype)
         if j + 1 < width:
@@ -255,14 +270,12 @@ class _Refined(NamedTuple):
     missed: tuple[float, np.ndarray] | None = None
 
 
-def _settled(w: np.ndarray, errors: np.ndarray, c: int, wanted: int, upper: float, lower: float, floor: float) -> bool:
+def _settled(w: np.ndarray, errors: np.ndarray, c: int, wanted: int, upper: float, floor: float) -> bool:
     """Whether nothing that the first c values are chosen for can change any more."""
-    gap = w[c - 1] - w[c]
-    inside = errors[:c].max() <= max(1e-2 * gap, 2 * floor)
-    # the others may still grow, but neither above the bounds nor so far that the cluster would end elsewhere
-    others = w[c : wanted + 1] + errors[c : wanted + 1]
-    outside = errors[c : wanted + 1].max() <= max(1e-2 * gap, 2 * floor)
-    return bool(inside and outside and others[0] <= max(upper, w[c] + 1e-2 * gap) + 2 * floor)
+    small = 1e-2 * (w[c - 1] - w[c])
+    # the next value may still grow, but neither above the bound nor so far that the cluster would end elsewhere
+    growing = w[c] + errors[c] > max(upper, w[c] + small) + 2 * floor
+    return bool(errors[: wanted + 1].max() <= max(small, 2 * floor) and not growing)
 
 
 def _refined(solver: CholeskySolver, w: np.ndarray, X: np.ndarray, upper: float, rtol: float) -> _Refined:
@@ -275,7 +288,7 @@ def _refined(solver: CholeskySolver, w: np.ndarray, X: np.ndarray, upper: float,
     X, w, outside = np.linalg.qr(X)[0], w[:-1], float(w[-1])
     # about as far from all of the cluster's values
     middle = outside + math.sqrt((w[0] - outside) * (w[-1] - outside))
-    cluster = ClusterSolver(CholeskySolver(K, X, middle, gram, rtol, w), w)
+    cluster = ClusterSolver(CholeskySolver(K, X, middle, gram, rtol, w))
     enough, before = 8 * rounding * w[0], math.inf
     if not solver.precise:  # its equations are solved to single precision only
         enough = max(enough, 1e-6 * (w[-1] - outside))
@@ -285,7 +298,7 @@ def _refined(solver: CholeskySolver, w: np.ndarray, X: np.ndarray, upper: float,
         w, X = w[::-1], X @ S[:, ::-1]
         residual = images @ S[:, ::-1] - X * w
         size = float(np.linalg.norm(residual, axis=0).max())
-        cluster.inner.a, cluster.inner.w, cluster.w = X, w, w
+        cluster.inner.a, cluster.inner.w = X, w
         if size <= enough or size > before / 2:
             break
         before = size

@@ -132,13 +132,11 @@ class SigmaHessian:
         for size, name in zip(sizes, "pq", strict=True):
             if not bool(xp.all(xp.isfinite(size))):
                 raise NonFiniteError(f"expected {name} to be finite, got NaN or inf in it")
-        return self._form(p, q, xp.zeros_like(sizes[0]))
+        return self._form(*_of_order_one(p, q, xp.maximum(*sizes), xp))
 
-    def _form(self, p: Array, q: Array, power: Array) -> Array:
-        """The form of 2^power (p, q)."""
+    def _form(self, p: Array, q: Array, e: Array) -> Array:
+        """The form of 2^e (p, q), for p and q of the order of one."""
         xp = self._xp
-        e = _vector_exponent(p, q, xp)
-        p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
         if self.triplet._svd is not None:
             total = self._spectrum.quadratic(p, q)
         else:
@@ -147,7 +145,7 @@ class SigmaHessian:
             assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
             total = xp.reshape(self._resolvent.quadratic(*columns), p.shape[:-1])
         total = self.triplet._result(total)
-        return finite(scalar(ldexp(total, 2 * (e + power) - self.triplet._e, xp)), "Hessian form", xp)
+        return finite(scalar(ldexp(total, 2 * e - self.triplet._e, xp)), "Hessian form", xp)
 
     def inner(self, factor: Any) -> Array:
         """<H, F^T F> = sum_i D^2 sigma[F_i, F_i] for a low-rank covariance given by its factor F (M, m, n).
@@ -167,13 +165,11 @@ class SigmaHessian:
         if (wider := self._promoted(G)) is not self:
             return wider.product(G)
         xp, u, v = self._xp, self._u, self._v
-        p, q, power = self._projections(G)
-        e = _vector_exponent(p, q, xp)
-        p, q = ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp)
+        p, q, e = self._projections(G)
         x, y = balanced(*self._solve(p, q), 0.0, u[..., None], v[..., None], False, xp)
         product = x @ adjoint(v[..., None], xp) + u[..., None] @ adjoint(y, xp)
         product = self.triplet._result(product)
-        return finite(ldexp(product, (e + power - self.triplet._e)[..., None, None], xp), "Hessian product", xp)
+        return finite(ldexp(product, (e - self.triplet._e)[..., None, None], xp), "Hessian product", xp)
 
     def _solve(self, p: Array, q: Array) -> tuple[Array, Array]:
         """The reduced resolvent on stacks of vectors, as columns (..., m, 1) and (..., n, 1)."""
@@ -264,21 +260,22 @@ class SigmaHessian:
         return G
 
     def _projections(self, G: Array) -> tuple[Array, Array, Array]:
-        """G v (..., m) and G^* u (..., n), and an exponent of two (...) that they are still to be multiplied with.
+        """G v (..., m) and G^* u (..., n), of the order of one, and the exponents of two (...) taken out of them.
 
         They show NaN, inf and sizes out of the ordinary, so that no pass over G is spent on that.
         """
         xp, u, v = self._xp, self._u, self._v
         with np.errstate(over="ignore", invalid="ignore"):
             p, q = self._products(G, u, v)
-        size = xp.maximum(magnitude(p[..., None, :], xp), magnitude(q[..., None, :], xp))
+        size = _size(p, q, xp)
         largest = float(xp.finfo(u.dtype).max) ** 0.5
-        if bool(xp.all((size > 1 / largest) & (size < largest))):
-            return p, q, xp.zeros_like(size)
-        power = exponent(check_matrix(G, "G", xp), xp)
-        if not bool(xp.any(power != 0)):  # a zero among them
-            return p, q, xp.zeros_like(size)
-        return *self._products(ldexp(G, -power[..., None, None], xp), u, v), power + xp.zeros_like(size)
+        if not bool(xp.all((size > 1 / largest) & (size < largest))):
+            power = exponent(check_matrix(G, "G", xp), xp)
+            if bool(xp.any(power != 0)):  # else there is a zero among them
+                p, q = self._products(ldexp(G, -power[..., None, None], xp), u, v)
+                p, q, e = _of_order_one(p, q, _size(p, q, xp), xp)
+                return p, q, e + power
+        return _of_order_one(p, q, size, xp)
 
     def _products(self, G: Array, u: Array, v: Array) -> tuple[Array, Array]:
         if is_numpy(G) and G.ndim > 2 and u.ndim == 1:
@@ -424,5 +421,12 @@ def _times(M: Array, x: Array) -> Array:
     return (M @ x[..., None])[..., 0]
 
 
-def _vector_exponent(p: Array, q: Array, xp: Any) -> Array:
-    return exponent(xp.maximum(magnitude(p[..., None, :], xp), magnitude(q[..., None, :], xp)), xp)
+def _size(p: Array, q: Array, xp: Any) -> Array:
+    """The largest modulus of a part of each pair of vectors, (...)."""
+    return xp.maximum(magnitude(p[..., None, :], xp), magnitude(q[..., None, :], xp))
+
+
+def _of_order_one(p: Array, q: Array, size: Array, xp: Any) -> tuple[Array, Array, Array]:
+    """P / 2^e, q / 2^e and e, for pairs of that size."""
+    e = exponent(size, xp)
+    return ldexp(p, -e[..., None], xp), ldexp(q, -e[..., None], xp), e
