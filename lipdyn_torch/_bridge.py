@@ -231,9 +231,9 @@ def hessian_diagonal(spectrum: Spectrum) -> Tensor:
 
 
 @one_thread
-def taylor(spectrum: Spectrum, step: Tensor) -> list[float]:
-    """Taylor coefficients (sigma, D1, D2/2, D3/6) of sigma along ``step`` (m, n) (theory 1.4)."""
-    return [float(c) for c in specpert.sigma_series(spectrum.triplet, _array(step), 3).coefficients]
+def taylor(spectrum: Spectrum, step: Tensor, order: int = 3) -> list[float]:
+    """Taylor coefficients (sigma, D1, D2/2, D3/6, ...) of sigma along ``step`` (m, n) (theory 1.4)."""
+    return [float(c) for c in specpert.sigma_series(spectrum.triplet, _array(step), order).coefficients]
 
 
 @one_thread

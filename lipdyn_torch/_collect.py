@@ -49,7 +49,6 @@ class Caught:
     """
 
     watch: Watch
-    spectrum: Spectrum
     lr: float
     batch: int = 0
     frozen: bool = False
@@ -67,7 +66,12 @@ class Caught:
     decay: float = 0.0
     weights: list[Tensor] | None = None
     eps: float = 0.0  # of the least precise number the gradient passed through
-    before: dict[int, tuple[Tensor, Response]] = field(default_factory=dict)  # by parameter: its value, its response
+    responses: dict[int, Response] = field(default_factory=dict)  # by parameter
+    spectrum: Spectrum = field(init=False)
+    values: list[Tensor] = field(init=False)  # of the parameters
+
+    def __post_init__(self) -> None:
+        self.spectrum, self.values = self.watch.spectrum, self.watch.values
 
     @property
     def moves(self) -> bool:
@@ -86,9 +90,9 @@ class Caught:
             return max((self.eps / max(self.batch, 1)) ** 0.5, 2.0 * self.eps)
         return max(self.eps**0.5, 5e-3 if self.spectrum.matrices.is_cuda and self.eps > 1e-10 else 0.0)
 
-    def unexplained(self, values: Sequence[Tensor]) -> bool:
-        """Whether the optimiser did something else than its formula says to get the parameters to these values."""
-        return any(not response.explains(old, values[i]) for i, (old, response) in self.before.items())
+    def unexplained(self, changes: Sequence[Tensor]) -> bool:
+        """Whether the optimiser did something else than its formula says to change the parameters by so much."""
+        return any(not response.explains(self.values[i], changes[i]) for i, response in self.responses.items())
 
 
 def collect(
@@ -105,7 +109,7 @@ def collect(
         watch.problems[EDITED] = None
     owned = [groups.get(id(p)) for p in watch.parameters if p.requires_grad]
     lr = max((float(group["lr"]) for group in owned if group), default=_largest_rate(optimizer))
-    caught = Caught(watch, watch.spectrum, lr, frozen=not watch.trained)
+    caught = Caught(watch, lr, frozen=not watch.trained)
     merged = watch.merged(outer)
     passes = [single for single in merged if single.counted]
     caught.eps = max(watch.eps, *(torch.finfo(p.dtype).eps for p in watch.parameters))
@@ -171,7 +175,7 @@ def _respond(
     for i, (p, old, gradient) in enumerate(zip(watch.parameters, watch.values, given, strict=True)):
         if gradient is None:  # it stays where it is
             still = torch.zeros_like(working(old))
-            responses.append(Response(still, still, 0.0))
+            responses.append(Response(still, still, 0.0, gain=0.0))
             gradients.append(still)
             continue
         gradients.append(gradient)
@@ -179,7 +183,7 @@ def _respond(
         if isinstance(response, str):
             caught.problems += [] if caught.problems else [response]
             return
-        caught.before[i] = old, response
+        caught.responses[i] = response
         responses.append(response)
     if len(responses) == 1:
         (only,) = responses
@@ -254,7 +258,8 @@ def _joined(caught: Caught, passes: list[Pass], split: bool, keep_gradients: boo
     if watch.problems or any(part is None for part in sums):
         caught.problems += watch.problems
         return None
-    joined = [torch.cat(parts) for parts in zip(*(part for part in sums if part is not None), strict=True)]
+    several = list(zip(*(part for part in sums if part is not None), strict=True))
+    joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in several]
     try:
         squares = _squares(caught, passes) if split else None
         gradients = _gradients(caught, passes) if keep_gradients and squares is not None else None

@@ -57,12 +57,13 @@ class Measurement:
             after, values, matrices = watch.spectrum, watch.values, watch.spectrum.matrices
         else:
             values, matrices = watch.look()
-        if caught.drift is not None and not caught.problems and caught.unexplained(values):
+        changes, updates = watch.changes(caught.values, values, before.matrices, matrices)
+        if caught.drift is not None and not caught.problems and caught.unexplained(changes):
             caught.problems.append(OTHER_UPDATE)
-        if caught.kept and not torch.equal(matrices, before.matrices):
+        if caught.kept and bool(updates.any()):
             caught.frozen = False
             caught.problems.append(KEPT)
-        path = self._path(matrices, after)
+        path = self._path(matrices, updates, after)
         self.row = {"layer": caught.watch.name, "lr": caught.lr, "batch": caught.batch}
         self.row |= {"sigma": before.sigma, "gap": before.gap}
         self.row |= path | self._forces()
@@ -71,7 +72,7 @@ class Measurement:
         self.row |= {"z": _log(before.sigma), "status": status}
         return self.row
 
-    def _path(self, matrices: Tensor, after: Spectrum | None) -> Row:
+    def _path(self, matrices: Tensor, updates: Tensor, after: Spectrum | None) -> Row:
         """What the actual update does to log sigma, predicted and observed (theory 2.7, 2.8, 1.9).
 
         ``mode`` says how ``dz1`` ... ``dz3`` were made: by the "series" of one value while eps < 1, by the
@@ -80,7 +81,6 @@ class Measurement:
         """
         before = self.caught.spectrum
         out: Row = dict.fromkeys(("eps", "dz1", "dz2", "dz3", "bound", "remainder"), _NAN)
-        updates = matrices - before.matrices
         sizes = [spectral_norm(update) for update in updates] if before.problem in ("", REPEATED) else [_NAN]
         size = max(sizes) if all(map(math.isfinite, sizes)) else _NAN
         if size == size:
@@ -116,7 +116,7 @@ class Measurement:
             return "series", changes, coefficients[1]
         first = -math.inf
         if before.triplet is not None:
-            first = float(before.u @ (updates[before.group].double() @ before.v))
+            first = taylor(before, updates[before.group], order=1)[1]
         try:
             values = cluster_values(before, updates, size)
         except (ArithmeticError, ValueError, torch.linalg.LinAlgError):

@@ -480,7 +480,7 @@ class LipschitzMonitor:
                 warnings.warn(NO_STEPS, stacklevel=2)
             return
         lr = max(float(group["lr"]) for group in self._optimizer.param_groups)
-        layers = [Caught(w, w.spectrum, lr, batch, not w.trained) for w in self._watches]
+        layers = [Caught(w, lr, batch, not w.trained) for w in self._watches]
         for layer in layers:
             layer.problems += [] if layer.frozen else [CLEARED]
         try:
@@ -574,7 +574,7 @@ def _note_samples(layers: list[Caught]) -> None:
         return
     if not known:
         return
-    silent = torch.stack([~(c.noise.p.any(1) | c.noise.q.any(1)) for c in known if c.noise is not None]).all(0)
+    silent = torch.stack([c.noise.silent for c in known if c.noise is not None]).all(0)
     count = int(silent.sum())
     if 0 < count < known[0].batch:
         for layer in known:

@@ -249,10 +249,24 @@ class GradientNoise:
         return self.p.mean(0), self.q.mean(0)
 
     @cached_property
+    def norms(self) -> Pair:
+        """Norms (M,) of the ``p_i`` and of the ``q_i``."""
+        return torch.linalg.vector_norm(self.p, dim=-1), torch.linalg.vector_norm(self.q, dim=-1)
+
+    @cached_property
     def sizes(self) -> tuple[float, float]:
         """Mean norms of ``p_i`` and of ``q_i``."""
-        p, q = (float(torch.linalg.vector_norm(samples, dim=-1).mean()) for samples in (self.p, self.q))
-        return p, q
+        p, q = self.norms
+        return float(p.mean()), float(q.mean())
+
+    @property
+    def silent(self) -> Tensor:
+        """Which samples (M,) have nothing to say."""
+        p, q = self.norms
+        silent = p + q == 0
+        where = silent.nonzero()[:, 0]  # or squares too small for a float
+        silent[where] = ~(self.p[where].any(1) | self.q[where].any(1))
+        return silent
 
     def terms(self, spectrum: Spectrum, along: Pair | None = None) -> NoiseTerms:
         """All contractions with the derivatives of the largest singular value.
@@ -260,15 +274,14 @@ class GradientNoise:
         ``along`` is ``(G v, G^T u)`` of the gradient G for ``gradient_curvature``; by default the samples' mean.
         """
         u = spectrum.u
-        p, q = (samples - mean for samples, mean in zip((self.p, self.q), self.means, strict=True))
-        p_along, q_along = along or self.means
         # one call: most of its cost is in the overhead and in reading the matrix
-        *forms, form = hessian_pairing(spectrum, torch.cat([p, p_along[None]]), torch.cat([q, q_along[None]])).tolist()
+        p, q = map(_centred_and, (self.p, self.q), self.means, along or self.means)
+        *forms, form = hessian_pairing(spectrum, p, q).tolist()
         scores = self.p @ u
         noise = noise_curvature = _NAN
         if self.batch > 1:
             norm = self._norm
-            noise = norm * float((p @ u).square().sum())
+            noise = norm * float((p[:-1] @ u).square().sum())
             noise_curvature = norm * (math.fsum(forms) + 2.0 * self._bending())
         noise_var, noise_curvature_var = self._variance_part(spectrum)
         return NoiseTerms(
@@ -296,6 +309,14 @@ class GradientNoise:
         jacobian_squared = torch.outer(spectrum.u.square(), spectrum.v.square())
         diagonal = hessian_diagonal(spectrum)
         return float((jacobian_squared * variance).sum()), float((diagonal * variance).sum())
+
+
+def _centred_and(samples: Tensor, mean: Tensor, last: Tensor) -> Tensor:
+    """The samples (M, n) less their mean, and one row more."""
+    rows = samples.new_empty(len(samples) + 1, samples.shape[1])
+    torch.sub(samples, mean, out=rows[:-1])
+    rows[-1] = last
+    return rows
 
 
 #: A factor known worse than this is not known.

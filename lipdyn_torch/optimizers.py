@@ -46,8 +46,10 @@ class Response:
     ----------
     drift : Tensor
         ``-b / eta``, without decoupled weight decay.
-    step : Tensor
-        The change of the parameter in this very step.
+    direction : Tensor
+        The change of the parameter in this very step is ``-lr * direction``.
+    lr : float
+        eta.
     gain : float
         ``eta_eff / eta``, the factor of the noise.
     weights : Tensor or None
@@ -57,16 +59,17 @@ class Response:
     """
 
     drift: Tensor
-    step: Tensor
+    direction: Tensor
+    lr: float
     gain: float = 1.0
     weights: Tensor | None = None
     decay: float = 0.0
 
-    def explains(self, old: Tensor, new: Tensor) -> bool:
-        """Whether the parameter's change is `step`, up to its rounding."""
+    def explains(self, old: Tensor, change: Tensor) -> bool:
+        """Whether the change of the parameter is that of the optimiser's formula, up to its rounding."""
         rounding = 8 * torch.finfo(old.dtype).eps * _norm(working(old))
-        change = working(new) - working(old)
-        return _norm(change.sub_(self.step)) <= rounding + 1e-3 * _norm(self.step)
+        rest = torch.add(change, self.direction, alpha=self.lr)
+        return _norm(rest) <= rounding + 1e-3 * abs(self.lr) * _norm(self.direction)
 
 
 def _norm(x: Tensor) -> float:
@@ -134,13 +137,13 @@ def _sgd(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Ten
     lr, beta, tau = float(group["lr"]), float(group["momentum"]), float(group["dampening"])
     g = _with_decay(group, g, parameter)
     if beta == 0.0:
-        return Response(g, -lr * g)
+        return Response(g, g, lr)
     if not 0.0 < beta < 1.0:
         return f"momentum {beta:g}: the responses to a gradient have no sum"
     held = state.get("momentum_buffer")
     buffer = g if held is None else beta * _held(state, "momentum_buffer", g) + (1.0 - tau) * g
     gain = (1.0 - tau) / (1.0 - beta)
-    return Response(gain * g, -lr * (g + beta * buffer if group["nesterov"] else buffer), gain)
+    return Response(gain * g, g + beta * buffer if group["nesterov"] else buffer, lr, gain)
 
 
 def _rmsprop(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Tensor) -> Response | str:
@@ -155,7 +158,7 @@ def _rmsprop(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter:
     W = 1.0 / (square.sqrt() + float(group["eps"]))
     buffer = momentum * _held(state, "momentum_buffer", g) + W * g
     gain = 1.0 / (1.0 - momentum)
-    return Response(gain * W * g, -lr * buffer, gain, W)
+    return Response(gain * W * g, buffer, lr, gain, W)
 
 
 def _adam(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Tensor) -> Response | str:
@@ -171,8 +174,8 @@ def _adam(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Te
     W = 1.0 / ((square / (1.0 - beta2**taken)).sqrt() + float(group["eps"]))
     drift = W * mean / (1.0 - beta1**taken)
     if not decoupled:
-        return Response(drift, -lr * drift, 1.0, W)
-    return Response(drift, -lr * (drift + decay * working(whole(parameter))), 1.0, W, decay)
+        return Response(drift, drift, lr, 1.0, W)
+    return Response(drift, drift + decay * working(whole(parameter)), lr, 1.0, W, decay)
 
 
 def _held(state: dict[str, Any], name: str, like: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def by_dense(
     m, n = A.shape[-2:]
     check_start(v0, tuple(A.shape[-2:]), is_complex(A, xp))
     index = check_indices(k, min(m, n), cluster=cluster)
-    e = exponent(size, xp)
+    e = exponent(xp.astype(size, real, copy=False), xp)
     scaled = ldexp(A, -e[..., None, None], xp)
     wanted = method == "gram" or (method == "auto" and min(m, n) >= _GRAM_FROM)
     count = len(as_tuple(index))
@@ -77,14 +77,14 @@ def by_dense(
         )
     if view is not None:
         try:
-            return _by_gram(view, count, cluster, xp.astype(e, real, copy=False), gap_tol, scaled, xp, v0, rtol, real)
+            return _by_gram(view, count, cluster, e, gap_tol, scaled, xp, v0, rtol, real)
         except np.linalg.LinAlgError:  # the gap is within rounding of K: let the SVD decide whether it is a tie
             if method == "gram":
                 raise ConvergenceError(
                     "expected sigma_0 to be isolated well above rounding for method='gram', got a Gram matrix whose "
                     "shift is not positive definite; use method='svd'"
                 ) from None
-    e, scaled = xp.astype(e, real, copy=False), to_precision(scaled, real, xp)
+    scaled = to_precision(scaled, real, xp)
     tol = 10 * max(m, n) * eps(scaled, xp) if gap_tol is None else gap_tol
     U, s, Vh = xp.linalg.svd(scaled, full_matrices=False)
     gap, status = isolation(s, as_tuple(index), m != n, cluster, tol, xp)

@@ -28,6 +28,7 @@ from specpert._solvers import Gram
 from specpert._top import largest
 from specpert.result import ConvergenceError
 
+_EXPONENTS = 60  # of two, up to which products in single precision neither overflow nor lose digits
 _LANCZOS_FROM = 64  # smaller side from which a few products beat a decomposition
 
 
@@ -67,11 +68,11 @@ def spectral_norm(A: Any, *, rtol: float = 0.0) -> Array:
     xp, (A,) = as_arrays(A, names=["A"])
     size = check_matrix(A, "A", xp)
     e = exponent(size, xp)
-    scaled = ldexp(A, -e[..., None, None], xp)
-    view = host_view(scaled) if rtol > 0 and A.ndim == 2 and min(A.shape) >= _LANCZOS_FROM else None
-    if view is not None and view.any():
+    view = host_view(A) if rtol > 0 and A.ndim == 2 and min(A.shape) >= _LANCZOS_FROM else None
+    if view is not None and size > 0:
         with contextlib.suppress(ConvergenceError):
-            return scalar(ldexp(array(_by_lanczos(view, rtol), e, xp), e, xp))
+            return scalar(ldexp(array(_by_lanczos(view, int(e), rtol), e, xp), e, xp))
+    scaled = ldexp(A, -e[..., None, None], xp)
     wide = scaled if A.shape[-2] <= A.shape[-1] else adjoint(scaled, xp)
     if rtol > 0 and view is None:  # squaring costs the largest value no accuracy
         w = xp.linalg.eigvalsh(wide @ adjoint(wide, xp))
@@ -79,8 +80,10 @@ def spectral_norm(A: Any, *, rtol: float = 0.0) -> Array:
     return scalar(ldexp(xp.max(xp.linalg.svdvals(wide), axis=-1), e, xp))
 
 
-def _by_lanczos(A: np.ndarray, rtol: float) -> float:
-    """||A||_2, rounded up."""
+def _by_lanczos(A: np.ndarray, e: int, rtol: float) -> float:
+    """||A / 2^e||_2, rounded up."""
+    if abs(e) > _EXPONENTS:
+        A, e = ldexp(A, np.asarray(-e, A.real.dtype), np), 0
     hidden = 2 * math.sqrt(min(A.shape))  # 1 / sqrt(r) is what a random start has of each vector
     share = rtol / (2 * hidden)
     low = np.complex64 if is_complex(A, np) else np.float32
@@ -88,8 +91,13 @@ def _by_lanczos(A: np.ndarray, rtol: float) -> float:
     B = A.astype(low if single else np.result_type(A.dtype, np.float64), copy=False)
     gram = Gram(B if B.shape[0] <= B.shape[1] else adjoint(B, np))
     start = np.random.default_rng(0).standard_normal((len(gram.B), 1)).astype(B.dtype)
-    u = largest(gram, start, share)
-    v = gram.Ba @ u
+    unit = B.real.dtype.type(2.0**-e)  # of the vectors, which spares a copy of the matrix
+
+    def product(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return np.asarray(unit * (matrix @ x))
+
+    u = largest(lambda x: product(gram.B, product(gram.Ba, x)), start, share)
+    v = product(gram.Ba, u)
     sigma = float(np.linalg.norm(v))
-    residual = float(np.linalg.norm(gram.B @ (v / sigma) - sigma * u))
+    residual = float(np.linalg.norm(product(gram.B, v / sigma) - sigma * u))
     return (sigma + hidden * residual) * (1 + 8 * float(np.finfo(B.dtype).eps))

@@ -113,9 +113,9 @@ def test_a_large_weight_that_moves_otherwise_is_seen():
     for scale in (1e20, 1e-25):
         old = torch.full((4, 4), scale)
         step = torch.full((4, 4), -0.01 * scale)
-        response = Response(drift=step, step=step)
-        assert response.explains(old, old + step)
-        assert not response.explains(old, 2 * old)
+        response = Response(drift=step, direction=step, lr=-1.0)
+        assert response.explains(old, step)
+        assert not response.explains(old, old)
 
 
 # --- learning rates and phases -----------------------------------------------------------------------------------
