@@ -25,7 +25,7 @@ from lipdyn_torch.noise import (
 )
 from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
 
-__all__ = ["Caught", "collect", "settle"]
+__all__ = ["Caught", "collect", "settle", "without_samples"]
 
 NO_GRADIENT = "no gradient reached this layer"
 NO_SAMPLES = "no samples reached this layer"
@@ -54,6 +54,8 @@ class Caught:
     frozen: bool = False
     kept: bool = False  # frozen, but not without a gradient
     still: bool = False  # without a gradient: the optimiser passes it by
+    idle: bool = False  # without samples, but with a gradient of zeros
+    lengths: tuple[int, ...] = ()  # all axes of an output of the layer but the last
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     drift: Pair | None = None
@@ -109,7 +111,7 @@ def collect(
         watch.problems[EDITED] = None
     owned = [groups.get(id(p)) for p in watch.parameters if p.requires_grad]
     lr = max((float(group["lr"]) for group in owned if group), default=_largest_rate(optimizer))
-    caught = Caught(watch, lr, frozen=not watch.trained)
+    caught = Caught(watch, lr, frozen=not watch.trained, lengths=watch.lengths)
     merged = watch.merged(outer)
     passes = [single for single in merged if single.counted]
     caught.eps = max(watch.eps, *(torch.finfo(p.dtype).eps for p in watch.parameters))
@@ -154,8 +156,12 @@ def _check(
         problems.append(SKIPPED)
     elif not all(map(all_finite, known)):
         problems.append(NOT_FINITE)
-    if not passes:
-        problems.append(SILENT if watch.accumulated else NO_GRADIENT)
+    zero = caught.batch == 0 and bool(known) and not any(bool(g.any()) for g in known)
+    if zero and (passes or not watch.accumulated):
+        caught.idle = True
+        caught.notes.append(NO_SAMPLES)
+    elif not passes:
+        problems += [] if watch.problems else [SILENT if watch.accumulated else NO_GRADIENT]
     elif not known:
         problems.append(NO_GRADIENT)
 
@@ -234,7 +240,7 @@ def _gather(caught: Caught, merged: list[Pass], split: bool, keep_gradients: boo
     up to a factor, and all passes together do, they are the batch.
     """
     if caught.batch == 0:
-        caught.problems.append(NO_SAMPLES)
+        caught.problems += [] if caught.idle else [NO_SAMPLES]
         return
     caught.noise = _joined(caught, [single for single in merged if single.counted], split, keep_gradients)
     if caught.noise is None or all(single.counted for single in merged) or _fits(caught, caught.noise):
@@ -333,6 +339,17 @@ def _one_by_one(single: Pass, group: int) -> Iterator[Tensor]:
 
     for parts in zip(*map(of, single.calls), strict=True):
         yield torch.stack(parts).sum(0).double()
+
+
+def without_samples(layers: Sequence[Caught]) -> None:
+    """Every sample's gradient of a layer without samples is known: it is zero, in a batch of the other layers' size."""
+    batch = max((caught.batch for caught in layers), default=0)
+    for caught in layers:
+        if caught.idle and caught.drift is not None and not caught.problems and batch > 0:
+            zeros = caught.spectrum.matrix.new_zeros
+            p, q = (zeros(batch, length, dtype=torch.float64) for length in caught.spectrum.matrix.shape)
+            squares = None if caught.mean is None else torch.zeros_like(caught.mean)
+            caught.batch, caught.noise = batch, GradientNoise(p, q, squares, caught.mean)
 
 
 def settle(layers: Sequence[Caught]) -> float:

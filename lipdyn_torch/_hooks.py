@@ -39,6 +39,7 @@ class Switch:
     """What all hooks of one monitor look at first: while ``on`` is off they return at once."""
 
     on: bool = True
+    ahead: bool = False  # while it was off, a forward pass was made after the last backward pass
     discard: Callable[[], None] = lambda: None  # called when gradients seem to be cleared without a step
     backward: int = -1  # the backward pass that was seen last
     outer: dict[int, int] = field(default_factory=dict)  # backward pass inside a checkpoint: the one around it
@@ -62,6 +63,7 @@ class Pass:
     sums: tuple[Tensor, ...] | None = None
     calls: list[Call] = field(default_factory=list)
     counted: bool = True  # a gradient reached a parameter in it
+    retained: bool = False  # it went through a forward pass whose contributions another one has
 
 
 @dataclass
@@ -95,6 +97,7 @@ class Watch:
     versions: dict[int, int] = field(default_factory=dict, init=False)  # of such gradients, by parameter
     reached: set[int] = field(default_factory=set, init=False)  # backward passes with such gradients
     eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
+    lengths: tuple[int, ...] = field(default=(), init=False)  # all axes of an output but the last
 
     def __post_init__(self) -> None:
         self._read(None)
@@ -164,6 +167,7 @@ class Watch:
             self.problems[UNPAIRED] = None
             return
         self.eps = max(self.eps, torch.finfo(call.delta.dtype).eps)
+        self.lengths = tuple(call.delta.shape[:-1])
         if self.spectrum.triplet is None:
             return
         if self.hold:
@@ -206,15 +210,19 @@ class Watch:
             if whole.samples != single.samples:
                 self.problems[UNPAIRED] = None
                 continue
+            whole.retained |= single.retained
             whole.calls += single.calls
             if single.sums is not None:
                 whole.sums = single.sums if whole.sums is None else _add(whole.sums, single.sums)
+        if any(single.retained and single.counted for single in merged.values()):
+            self.problems[RETAINED] = None
         return list(merged.values())
 
     def forget(self) -> None:
         """Drop what was received."""
         self.passes, self.problems = {}, {}
         self.accumulated, self.eps, self.totals, self.versions, self.reached = False, 0.0, [], {}, set()
+        self.lengths = ()
 
 
 def failure(error: Exception) -> str:
@@ -275,7 +283,10 @@ class _ForwardHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         tap = self.tap
-        if not tap.switch.on or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return
+        if not tap.switch.on:
+            tap.switch.ahead = True
             return
         output = tap.rule.output(module, output)
         if output is None or not output.requires_grad or _is_symbolic(output):
@@ -315,11 +326,12 @@ class _OutputHook:
         tap = self.tap
         if not tap.switch.on:
             return
+        backward = torch._C._current_graph_task_id()  # tells micro-batches from several uses in one pass
         if self.used:  # retain_graph: the same samples again
             for watch, _ in tap.feeds:
-                watch.problems[RETAINED] = None
+                samples = tap.rule.samples(tap.module, delta)
+                watch.passes.setdefault(backward, Pass(samples)).retained = True
             return
-        backward = torch._C._current_graph_task_id()  # tells micro-batches from several uses in one pass
         if self.outer != -1:
             tap.switch.outer[backward] = self.outer
         elif backward != tap.switch.backward:  # a new one: were gradients cleared after the forward pass?
@@ -341,7 +353,9 @@ class _GradientHook:
         self.watch, self.switch = watch, switch
 
     def __call__(self, parameter: Tensor) -> None:
-        if self.switch.on:
+        if not self.switch.on:
+            self.switch.ahead = False
+        else:
             self.watch.accumulated = True
             self.watch.reached.add(torch._C._current_graph_task_id())
             if parameter.grad is not None:

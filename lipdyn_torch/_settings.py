@@ -9,7 +9,20 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["batch_dims", "check_settings", "check_types", "checked_sinks"]
+__all__ = ["batch_dims", "check_settings", "check_types", "checked_sinks", "innermost"]
+
+
+def innermost(optimizer: Any) -> Any:
+    """What a wrapper that calls itself an optimiser, but was never made as one, wraps (that of accelerate)."""
+    while isinstance(optimizer, Optimizer) and "defaults" not in vars(optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            raise TypeError(
+                f"expected an optimizer made by torch.optim.Optimizer.__init__, got {type(optimizer).__name__} without "
+                "its defaults; give the monitor the optimizer inside it"
+            )
+        optimizer = inner
+    return optimizer
 
 
 def batch_dims(model: nn.Module, given: object) -> dict[str, int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
@@ -19,13 +20,14 @@ from torch.utils.hooks import RemovableHandle
 
 import lipdyn_torch.convolution_rules  # noqa: F401  (registers its rules)
 from lipdyn_torch._bridge import one_thread
-from lipdyn_torch._collect import Caught, collect, settle
+from lipdyn_torch._collect import Caught, collect, settle, without_samples
 from lipdyn_torch._hooks import Switch, listen
 from lipdyn_torch._measure import Measurement, network_row
-from lipdyn_torch._settings import batch_dims, check_settings, check_types, checked_sinks
+from lipdyn_torch._settings import batch_dims, check_settings, check_types, checked_sinks, innermost
 from lipdyn_torch.distributed import active, agree, share
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
 from lipdyn_torch.history import History, Sink
+from lipdyn_torch.layers import EmbeddingRule
 from lipdyn_torch.noise import GradientNoise
 from lipdyn_torch.schedule import Schedule
 from lipdyn_torch.survey import Report, replaced, survey
@@ -42,16 +44,30 @@ UNEQUAL = "layers saw different numbers of samples"
 NO_SHARE = "samples had no gradient in any layer: if the loss ignores them, noise terms take them for zeros"
 CHANGED = "weight was changed since the last step"
 CLEARED = "step skipped: gradients were cleared without a step"
+AHEAD = "forward pass was made before the last step, while the monitor was not listening"
+POSITIONS = "indices without a batch axis, as many as there are samples: taken for one for each sample"
 ADDED = (
     "expected the parameters the optimizer had when the monitor was attached, got more: they are not monitored; close "
     "the monitor and attach a new one"
 )
-#: So many times are gradients cleared before the first step until somebody is told.
+#: So many times in a row are gradients cleared without a step until somebody is told.
 UNSEEN = 100
 NO_STEPS = (
     f"expected steps of the optimizer that the monitor was given, got {UNSEEN} cleared gradients without one; if "
-    "another optimizer makes the steps (one inside a wrapper, as SAM has), give the monitor that one"
+    "another optimizer makes the steps (one inside a wrapper, as SAM has, or a new one), give the monitor that one"
 )
+#: What torch puts around the ``step`` of every class of optimisers.
+_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
+
+
+def _outermost(optimizer: Optimizer) -> bool:
+    """Whether a step is not part of another one: a subclass may call ``super().step()``, which has hooks again."""
+    frame: FrameType | None = sys._getframe(1)
+    inside = 0
+    while frame is not None and inside < 2:
+        inside += frame.f_code is _STEP and frame.f_locals.get("args", (None,))[0] is optimizer
+        frame = frame.f_back
+    return inside < 2
 
 
 class _Eager:
@@ -220,6 +236,7 @@ class LipschitzMonitor:
         process_group: Any = None,
         sinks: Iterable[Sink] = (),
     ) -> None:
+        optimizer = innermost(optimizer)
         check_types(model, optimizer, reference)
         sinks = checked_sinks(sinks)
         check_settings(every, budget, warmup, noise, conv, sampling, dataset_size)
@@ -237,7 +254,7 @@ class LipschitzMonitor:
         self._pending: list[Measurement] | None = None
         self._inside = False  # of a step that calls a closure
         self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._cleared = 0  # how often gradients went without a step
+        self._cleared = 0  # how often gradients went since the last step
         self._switch = Switch(discard=self._discard)
         # What a preconditioner does to a sample is known at the step only; so is which calls share a weight.
         hold = self._split or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.RMSprop)
@@ -380,6 +397,8 @@ class LipschitzMonitor:
     @torch._disable_dynamo  # a compiled step calls the hooks as they are, like torch's own zero_grad
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read gradients, learning rates and noise while the weights are still the old ones."""
+        if not _outermost(optimizer):
+            return None
         failed, self._pending, self._inside = self._pending, None, False
         if not self._schedule.due(self._step):
             return None
@@ -416,6 +435,8 @@ class LipschitzMonitor:
     @torch._disable_dynamo
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Compare with the new weights and write the rows."""
+        if not _outermost(optimizer):
+            return
         due = self._schedule.due(self._step)
         pending, self._pending, self._inside = self._pending, None, False
         try:
@@ -434,7 +455,7 @@ class LipschitzMonitor:
         if self._clock is not None:
             self._schedule.note(now - self._clock, measured)
         self._schedule.finished(self._step)
-        self._step += 1
+        self._step, self._cleared = self._step + 1, 0
         due = self._schedule.due(self._step)
         if due or measured:
             self._turn(due)
@@ -476,7 +497,7 @@ class LipschitzMonitor:
         self._switch.outer.clear()
         if not skipped:
             self._cleared += 1
-            if self._cleared == UNSEEN and self._step == 0:
+            if self._cleared == UNSEEN:
                 warnings.warn(NO_STEPS, stacklevel=2)
             return
         lr = max(float(group["lr"]) for group in self._optimizer.param_groups)
@@ -510,6 +531,8 @@ class LipschitzMonitor:
             for watch in self._watches
         ]
         outer.clear()
+        self._switch.ahead = False
+        without_samples(caught)
         _note_samples(caught)
         self._note_changes(caught)
         if active(self._group):
@@ -550,6 +573,10 @@ class LipschitzMonitor:
         if not trained or any(watch.passes for watch in trained):
             return
         if any(watch.accumulated for watch in trained):
+            if self._switch.ahead:
+                for watch in trained:
+                    watch.problems[AHEAD] = None
+                return
             raise SilentHookError(
                 f"expected the hooks on {', '.join(w.name for w in trained)} to see the backward pass, but gradients "
                 "came past them; if the model is compiled, give the monitor what torch.compile returned, and make the "
@@ -574,8 +601,13 @@ def _note_samples(layers: list[Caught]) -> None:
         return
     if not known:
         return
+    batch = known[0].batch
+    if any(layer.lengths == (batch, batch) for layer in known):
+        for layer in known:
+            if isinstance(layer.watch.rule, EmbeddingRule) and layer.lengths == (batch,):
+                layer.notes.append(POSITIONS)
     silent = torch.stack([c.noise.silent for c in known if c.noise is not None]).all(0)
     count = int(silent.sum())
-    if 0 < count < known[0].batch:
+    if 0 < count < batch:
         for layer in known:
-            layer.notes.append(f"{count} of {layer.batch} {NO_SHARE}")
+            layer.notes.append(f"{count} of {batch} {NO_SHARE}")
