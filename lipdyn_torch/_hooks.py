@@ -137,10 +137,12 @@ class Watch:
         values = [whole(p) for p in self.parameters]
         return values, self._matrices(values)
 
-    def changes(self, old: list[Tensor], new: list[Tensor], before: Tensor, after: Tensor) -> tuple[list[Tensor], Tensor]:
-        """How the parameters and the weight (g, m, n) changed, from their values."""
-        changes = [working(y) - working(x) for x, y in zip(old, new, strict=True)]
-        return changes, self.rule.matrices(self.module, self.part, changes) if self._plain else after - before
+    def changes(
+        self, old: tuple[list[Tensor], Tensor], new: tuple[list[Tensor], Tensor]
+    ) -> tuple[list[Tensor], Tensor]:
+        """How the parameters and the weight (g, m, n) changed."""
+        changes = [working(y) - working(x) for x, y in zip(old[0], new[0], strict=True)]
+        return changes, self.rule.matrices(self.module, self.part, changes) if self._plain else new[1] - old[1]
 
     def cleared(self) -> bool:
         """Whether the gradients are gone, though contributions to them were caught.
@@ -240,10 +242,10 @@ def _bitwise_equal(a: Tensor, b: Tensor) -> bool:
         return False
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
-    a, b = (x.contiguous().view(_BITS[x.element_size()]) for x in (a, b))
+    a, b = (z.contiguous().view(_BITS[z.element_size()]) for z in (a, b))
     if a.device.type == "cpu":  # NumPy compares several times faster; most that differ do so from the start
-        a, b = (x.numpy().reshape(-1) for x in (a, b))
-        return np.array_equal(a[:1024], b[:1024]) and np.array_equal(a, b)
+        x, y = (z.numpy().reshape(-1) for z in (a, b))
+        return np.array_equal(x[:1024], y[:1024]) and np.array_equal(x, y)
     return torch.equal(a, b)
 
 

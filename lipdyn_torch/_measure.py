@@ -57,7 +57,7 @@ class Measurement:
             after, values, matrices = watch.spectrum, watch.values, watch.spectrum.matrices
         else:
             values, matrices = watch.look()
-        changes, updates = watch.changes(caught.values, values, before.matrices, matrices)
+        changes, updates = watch.changes((caught.values, before.matrices), (values, matrices))
         if caught.drift is not None and not caught.problems and caught.unexplained(changes):
             caught.problems.append(OTHER_UPDATE)
         if caught.kept and bool(updates.any()):

@@ -37,9 +37,11 @@ def as_arrays(*objects: Any, names: Sequence[str], promote: bool = True) -> tupl
     xp = array_api_compat.array_namespace(arrays[0])
     for x, name in zip(arrays[1:], names[1:], strict=True):
         if array_api_compat.array_namespace(x) is not xp:
+            given = objects[list(names).index(name)]
+            got = f"a {type(given).__name__}" if isinstance(given, list | tuple) else _library(x)
             raise TypeError(
                 f"expected {name} to be of the same array library as {names[0]} ({_library(arrays[0])}), "
-                f"got {_library(x)}; convert one of them first"
+                f"got {got}; convert one of them first"
             )
         here, there = array_api_compat.device(arrays[0]), array_api_compat.device(x)
         if here != there:
@@ -66,6 +68,9 @@ def _as_array(x: Any, name: str) -> Array:
         )
     try:
         array = np.asarray(x)
+        if array.dtype == object and array.ndim == 0:
+            hint = f"; give {name}.weight" if hasattr(x, "weight") else ""
+            raise TypeError(f"expected {name} to be an array of numbers, got {type(x).__name__}{hint}")
         return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     except ValueError as error:
         raise ValueError(f"expected {name} to be a rectangular array, got rows of different length") from error

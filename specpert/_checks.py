@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,8 @@ def check_order(order: Any, least: int) -> int:
     except TypeError:
         checked = least - 1
     if checked < least:
-        raise ValueError(f"expected order to be an integer >= {least}, got {order!r}")
+        got = f"an array of shape {tuple(order.shape)}" if getattr(order, "ndim", 0) else reprlib.repr(order)
+        raise ValueError(f"expected order to be an integer >= {least}, got {got}")
     return checked
 
 

@@ -49,9 +49,14 @@ def _raise_if_zero(lowest: Array, s: Array, group: tuple[int, ...], tol: float, 
     if at is None:
         return
     top = float(s[(*at, 0)])
+    if top == 0:
+        raise ZeroSingularValueError(
+            f"expected a singular value above zero, got zeros alone{_where(at)}: it is not differentiable there, "
+            "and has one-sided derivatives only; see one_sided_derivatives(A, H, k=...)"
+        )
     raise ZeroSingularValueError(
         f"expected a singular value above {tol:.1e} sigma_0, got sigma_{max(group)}{_where(at)} = "
-        f"{float(lowest[at]) / top if top else 0.0:.3e} sigma_0: it is not differentiable at zero, where it has "
+        f"{float(lowest[at]) / top:.3e} sigma_0: it is not differentiable at zero, where it has "
         "one-sided derivatives only; see one_sided_derivatives(A, H, k=...)"
     )
 

@@ -268,16 +268,17 @@ class IterativeSolver:
         size = float(np.linalg.norm(b))
         if size == 0:
             return b, 0.0
+        b = b / size
         known = X.conj().T @ b
         rest = b - X @ known
         operator = LinearOperator((len(b), len(b)), matvec=self._matvec, dtype=b.dtype)
-        x, _ = cg(operator, rest, rtol=0.0, atol=1e-14 * size, maxiter=min(len(b), 2000))
+        x, _ = cg(operator, rest, rtol=0.0, atol=1e-14, maxiter=min(10 * len(b), 2000))
         residual = float(np.linalg.norm(self._matvec(x) - rest))
-        if residual > 1e-6 * size:
+        if residual > 1e-6:
             raise ConvergenceError(
-                f"expected the conjugate gradients to reach a residual of 1e-6, got {residual / size:.1e}: sigma_k is "
+                f"expected the conjugate gradients to reach a residual of 1e-6, got {residual:.1e}: sigma_k is "
                 "too close to its neighbours, or tied with one; use a dense array, whose clusters have series"
             )
         weights = self.sigma * self.sigma - self.w
         weights[self.index] = np.inf
-        return x - X @ (X.conj().T @ x) + X @ (known / weights), residual
+        return size * (x - X @ (X.conj().T @ x) + X @ (known / weights)), size * residual

@@ -11,6 +11,7 @@ Legend: N number of directions; subsets are bit masks; B = m n (or 2 m n for com
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations
 
 from specpert._arrays import Array, Namespace, adjoint, eye, is_complex, real
@@ -38,6 +39,16 @@ def mixed_derivative(
         P, Q = w[S]
         return real(xp.vecdot(P, pair[0], axis=-2) + xp.vecdot(Q, pair[1], axis=-2), xp) / 2
 
+    @cache
+    def overlap(I: int, J: int) -> Array:
+        return inner(I, w[J]) if I <= J else overlap(J, I)
+
+    @cache
+    def overlaps(R: int, a: int, b: int) -> Array | float:
+        """Sum of <w_I, w_J> over I + J = R with |I| <= a, |J| <= b."""
+        parts = ((R & ~J, J) for J in _proper_parts(R) if R.bit_count() - a <= J.bit_count() <= b)
+        return sum((overlap(I, J) for I, J in parts), start=0.0)
+
     for size in range(1, N // 2 + 1):
         for S in _subsets(range(N), size):
             z = [T(i, S & ~(1 << i)) for i in _members(S)]
@@ -57,11 +68,7 @@ def mixed_derivative(
                 for J in _subsets(_members(rest), b):
                     total = total + inner(rest & ~J, T(i, J))
             for B in _proper_parts(S):
-                rest = S & ~B
-                for J in _proper_parts(rest):
-                    I = rest & ~J
-                    if I.bit_count() <= a and J.bit_count() <= b:
-                        total = total - lam[B] * inner(I, w[J])
+                total = total - lam[B] * overlaps(S & ~B, a, b)
             lam[S] = total
     return lam[(1 << N) - 1]
 

@@ -221,15 +221,24 @@ def top_of_gram(
 
     Lanczos (ARPACK). The next value is sought on the complement of X from a start of its own: a second copy of a tied
     value is orthogonal to all that the first start can reach. It need be no more accurate than its distance, so its
-    residual is added to it. Where it turns out larger than a value found, the first start had missed it.
+    residual is added to it. Where it turns out larger than a value found, it takes its place among them, and the next
+    one is sought anew: of a value with many copies one start finds only some.
     """
-    for _ in range(3):
-        w, X = _lanczos(gram, size, count, start, dtype, 0.0)
+    # ARPACK's vectors of one complex value with several copies need not be orthogonal
+    w, X = _ritz(gram, _lanczos(gram, size, count, start, dtype, 0.0)[1], count)
+    for _ in range(2 * count + 3):
         x, upper = _next_of_gram(gram, size, w, X, dtype)
         if upper <= w[-1] * (1 + 1e-8):
             break
-        start = X.sum(axis=1) + x
+        w, X = _ritz(gram, np.column_stack([X, x]), count)
     return w, X, min(upper, float(w[-1]))
+
+
+def _ritz(gram: Product, X: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `count` largest Ritz values of K in the span of X, descending, and their vectors."""
+    basis, _ = np.linalg.qr(X)
+    values, S = np.linalg.eigh(basis.conj().T @ gram(basis))
+    return values[::-1][:count], basis @ S[:, ::-1][:, :count]
 
 
 def _next_of_gram(gram: Product, size: int, w: np.ndarray, X: np.ndarray, dtype: Any) -> tuple[np.ndarray, float]:

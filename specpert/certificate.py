@@ -135,8 +135,14 @@ class Certificate:
         for j, residual in enumerate(self.residuals, start=1):
             backward = backward + residual * scaled_x**j
         rounding = 4 * (order + 1) * self._unit * (self._size + d)
-        bound = ldexp(truncation + amplified * backward + rounding, self._fit(self.triplet._e) + zero, xp)
+        bound = _upward(truncation + amplified * backward + rounding, self._fit(self.triplet._e) + zero, self.triplet)
         return scalar(self.triplet._result(xp.where(inside, bound, zero + math.inf)))
+
+
+def _upward(bound: Array, e: Array, triplet: SingularTriplet) -> Array:
+    """A bound times 2^e, where the numbers may end: what rounding there takes from it and from the value is added."""
+    info = triplet._xp.finfo(triplet._dtype)
+    return ldexp(bound, e, triplet._xp) + float(info.smallest_normal) * float(info.eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +231,7 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
     eps_step = xp.where(huge[..., None], xp.full_like(bound, math.inf), 2 * h / triplet._gap)
     results = (
         ldexp(triplet._values + shift, e[..., None] + 0 * bound, xp),
-        ldexp(bound, power[..., None] + 0 * bound, xp),
+        _upward(bound, power[..., None] + 0 * bound, triplet),
         eps_step,
     )
     return Enclosure(*(scalar(triplet._result(triplet._pick(x))) for x in results))

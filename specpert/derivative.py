@@ -94,6 +94,11 @@ def sigma_derivative(
     >>> bool(np.isclose(T[0, 1, 0, 1, 0, 1, 0, 1], -1 / 9))
     True
     """
+    if getattr(order, "ndim", 0):
+        raise TypeError(
+            f"expected order to be an integer >= 1, got an array of shape {tuple(getattr(order, 'shape', ()))}; "
+            "directions go by keyword: sigma_derivative(A, order=2, directions=H)"
+        )
     order = check_order(order, 1)
     if on_degenerate not in ("raise", "cluster"):
         raise ValueError(f"expected on_degenerate to be 'raise' or 'cluster', got {on_degenerate!r}")

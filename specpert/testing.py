@@ -232,6 +232,8 @@ def check_derivative(
     __tracebackhide__ = True
     if computes not in ("derivative", "sigma"):
         raise ValueError(f"expected computes to be 'derivative' or 'sigma', got {computes!r}")
+    if not callable(function):
+        raise TypeError(f"expected a function to check, got {type(function).__name__}")
     A = np.asarray(A) if isinstance(A, list | tuple) else A
     one = directions is not None and not _is_sequence(directions)
     given = [] if directions is None else [directions] * order if one else list(directions)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from oracles import certified_cases, with_spectrum
 
-from specpert import sigma_series, singular_triplet
+from specpert import kato_temple, sigma_series, singular_triplet
 from specpert.certificate import spectral_norm_bound
 
 
@@ -105,3 +105,25 @@ def test_no_certificate_outside_the_radius():
     series = sigma_series(A, H, 3)
     assert np.isinf(series.remainder(series.radius * np.array([1.0, 1.5, -1.0]))).all()
     assert np.isfinite(series.remainder(-0.99 * series.radius))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [*((np.float64, x) for x in (1e-305, 1e-315, 1e-321)), *((np.float32, x) for x in (1e-36, 1e-40, 1e-43))],
+)
+def test_certificates_where_the_numbers_end(dtype, scale):
+    """The value's own rounding and that of the bound are as large as the smallest number there is."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        A, H = rng.standard_normal((3, 4)), 0.02 * rng.standard_normal((3, 4))
+        A, H = (M.astype(dtype) * dtype(scale) for M in (A, H))
+
+        def exact(x, A=A, H=H):
+            return exact_value(A.astype(float), H.astype(float), 0, x)
+
+        for order in range(3):
+            found = kato_temple(A, H, order=order)
+            assert abs(exact(1.0) - mpmath.mpf(float(found.value))) <= mpmath.mpf(float(found.bound))
+        series = sigma_series(A, H, 3)
+        for x in (0.3, 1.0):
+            assert abs(exact(x) - mpmath.mpf(float(series(x)))) <= mpmath.mpf(float(series.remainder(x)))

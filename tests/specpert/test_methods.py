@@ -480,6 +480,25 @@ def test_lanczos_sees_exact_ties(seed):
             singular_triplet(A)
 
 
+@pytest.mark.parametrize("complex_", [False, True])
+@pytest.mark.parametrize("copies", [2, 9, 12, 16])
+def test_lanczos_finds_all_copies_of_a_value_above(copies, complex_):
+    """One start sees few copies of a value, and ARPACK's vectors of complex ones need not be orthogonal."""
+    rng = np.random.default_rng(copies)
+    for m, n in ((90, 110), (180, 70)):
+        values = [*[3.0] * copies, 2.0, 1.7, *rng.uniform(0.01, 1.0, min(m, n) - copies - 2)]
+        A = with_spectrum(rng, m, n, sorted(values, reverse=True), complex_)
+        H = rng.standard_normal((m, n)) / 20
+        for operator in (aslinearoperator(A), sparse.csr_array(A)):
+            triplet = singular_triplet(operator, k=copies)
+            assert triplet.sigma == pytest.approx(2.0, rel=1e-13)
+            assert 0.29 < triplet.gap <= 0.3 + 1e-12
+            found = sigma_series(triplet, H, 4).coefficients
+            assert found == pytest.approx(sigma_series(A, H, 4, k=copies).coefficients, rel=1e-9)
+    diagonal = sparse.diags_array(np.r_[[3.0] * copies, 2.0, 1.7, np.linspace(1, 0.01, 100)]).tocsr()
+    assert singular_triplet(diagonal, k=copies).sigma == pytest.approx(2.0, rel=1e-14)
+
+
 def test_warm_start_in_an_invariant_subspace():
     rng = np.random.default_rng(0)
     b, c = (sparse.random_array((40, 40), density=0.2, rng=rng) for _ in range(2))

@@ -8,7 +8,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import orthogonal, with_spectrum
 
@@ -303,6 +303,7 @@ def test_divided_differences_keep_their_digits_at_any_gap(gap):
             assert math.isclose(found, float(expected), rel_tol=3e-13, abs_tol=1e-13), name
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(sorted(set(FUNCTIONS))),
     st.sampled_from(SHAPES),
