@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lipdyn_torch.errors import LipdynError
+from lipdyn_torch.integrations._extras import need
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,8 +143,7 @@ class History:
 
     def to_pandas(self) -> pd.DataFrame:
         """One line per row, columns in the order of `COLUMNS`; ``attrs`` holds `meta`."""
-        import pandas as pd
-
+        pd = need("pandas", "torch")
         columns = list(COLUMNS)
         if any(SPLIT_COLUMNS[0] in row for row in self.rows):
             at = columns.index("gHg")
