@@ -47,7 +47,10 @@ def keep_freed_memory() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 where points failed, 2 for wrong use, 130 where interrupted."""
+    """Run the command; returns the exit status.
+
+    It is 0, 1 where training diverged or points failed, 2 for wrong use, 130 where interrupted.
+    """
     options = _parser().parse_args(arguments)
     try:
         for package in PACKAGES:
@@ -62,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from lipdyn_torch.experiments.demo import FIGURE, HISTORY, DemoConfig, report, run_demo
+    from lipdyn_torch.experiments.demo import FIGURE, HISTORY, DemoConfig, DivergedError, report, run_demo
 
     try:
         config = DemoConfig(
@@ -75,6 +78,9 @@ def _demo(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
         )
         result = run_demo(config)
+    except DivergedError as error:
+        print(f"lipdyn demo: {error}", file=sys.stderr)
+        return 1
     except (LipdynError, ValueError, OSError) as error:
         print(f"lipdyn demo: {error}", file=sys.stderr)
         return 2
@@ -140,7 +146,7 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--seed", type=int, default=0, help="of the initial weights and of the order of samples")
     demo.add_argument("--out", type=Path, default=Path("lipdyn-demo"), help="folder to make for the results")
     demo.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    demo.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
+    demo.add_argument("--overwrite", action="store_true", help="replace the results of an earlier demo in --out")
 
 
 def _add_reproduce(command: argparse.ArgumentParser) -> None:

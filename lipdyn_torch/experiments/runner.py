@@ -99,6 +99,8 @@ def reproduce(config: ReproduceConfig) -> list[tuple[Job, Summary]]:
     from lipdyn_torch.experiments.report import write_report, write_summary
 
     check_device(config.device)
+    if config.scheduler is not None:
+        check_scheduler(config.scheduler)  # before a folder is made
     load(config.data, config.root, progress=config.progress)  # once, before any worker asks; complains early
     if config.name == "all":
         RunFolder(config.folder, {"experiment": "all", **_settings(config)}, config.overwrite)
@@ -220,6 +222,18 @@ def _attempt(job: Job, point: Point) -> list[Row] | Exception:
         return run_point(job.experiment.name, point, job.context)
     except Exception as error:
         return error
+
+
+def check_scheduler(address: str) -> None:
+    """Raise unless a scheduler answers there."""
+    distributed = need("distributed", "experiments")
+    try:
+        distributed.Client(address, timeout="10s").close()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected the address of a running dask scheduler, got {address!r} ({error}); "
+            "start one with: dask scheduler"
+        ) from error
 
 
 @contextlib.contextmanager

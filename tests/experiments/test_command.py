@@ -61,6 +61,23 @@ def test_help_and_version_need_no_extra():
     assert without("torch", SCRIPT, "reproduce", "--help").returncode == 0
 
 
+@pytest.mark.parametrize("command", [["demo"], ["reproduce", "jacobian"]], ids=" ".join)
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_folder_that_cannot_be_made_is_named_with_the_reason(tmp_path, capsys, command, place):
+    (tmp_path / "file").write_text("mine")
+    assert cli.main([*command, "--overwrite", "--out", str(tmp_path / place)]) == 2
+    reason = {"file": "file, which is a file", "file/run": r"run \(Not a directory\)"}[place]
+    assert re.search(f"expected a folder.*, got .*{reason}; choose another --out\n", capsys.readouterr().err)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_scheduler_that_is_not_there_leaves_no_folder(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["reproduce", "jacobian", "--scheduler", "bogus://x", "--out", str(out)]) == 2
+    assert "expected the address of a running dask scheduler, got 'bogus://x'" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_there_is_one_version():
     written = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert lipdyn_torch.__version__ == specpert.__version__ == written
