@@ -2,7 +2,7 @@
 
 __all__ = [
     *("FactorSizeError", "LayerReplacedError", "LipdynError", "NoBackwardError", "NoSupportedLayerError"),
-    *("RunFolderExistsError", "SilentHookError", "UnownedParametersError", "in_words"),
+    *("RunFolderExistsError", "SilentHookError", "UnownedParametersError"),
 ]
 
 

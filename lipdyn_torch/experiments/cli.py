@@ -163,10 +163,7 @@ def _add_reproduce(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     command.add_argument("--jobs", type=int, default=0, help="points run side by side; 0: one per core")
     command.add_argument(
-        "--out",
-        type=Path,
-        default=unset,
-        help="run folder (default: lipdyn-NAME); continued if it is there",
+        "--out", type=Path, default=unset, help="run folder (default: lipdyn-NAME); continued if it is there"
     )
     command.add_argument("--seed", type=int, default=0, help="of everything random")
     command.add_argument("--scheduler", default=unset, metavar="ADDRESS", help="address of a running dask scheduler")
