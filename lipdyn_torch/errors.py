@@ -36,3 +36,17 @@ class RunFolderExistsError(LipdynError, FileExistsError):
 
 class FactorSizeError(LipdynError, ValueError):
     """The gradients of the samples are too many numbers to keep."""
+
+
+def in_words(error: OSError, message: str) -> OSError:
+    """The same kind of error with a message that helps; its number stays for programs that look at it.
+
+    Examples
+    --------
+    >>> error = in_words(FileNotFoundError(2, "No such file or directory"), "expected a file, got none")
+    >>> error, error.errno
+    (FileNotFoundError('expected a file, got none'), 2)
+    """
+    said = type(error)(message)
+    said.errno = error.errno
+    return said

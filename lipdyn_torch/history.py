@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lipdyn_torch.errors import LipdynError
+from lipdyn_torch.errors import LipdynError, in_words
+from lipdyn_torch.integrations._extras import need
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,8 +143,7 @@ class History:
 
     def to_pandas(self) -> pd.DataFrame:
         """One line per row, columns in the order of `COLUMNS`; ``attrs`` holds `meta`."""
-        import pandas as pd
-
+        pd = need("pandas", "torch")
         columns = list(COLUMNS)
         if any(SPLIT_COLUMNS[0] in row for row in self.rows):
             at = columns.index("gHg")
@@ -185,6 +185,8 @@ class JsonLinesSink:
     ------
     FileExistsError
         The file exists and ``resume`` is off.
+    OSError
+        The file cannot be written.
     ResumeError
         The file cannot be continued: damaged before its end, or (with the first rows) of another model.
 
@@ -204,9 +206,19 @@ class JsonLinesSink:
         self.set_aside: list[Path] = []
         self._meta: dict[str, Any] | None = None
         self._resumed = resume and self.path.exists()
-        if self._resumed:
-            self._cut(_whole_steps(self.path))
-        self._file = self.path.open("ab" if self._resumed else "xb", buffering=0)
+        whole = _whole_steps(self.path) if self._resumed else 0
+        try:
+            self._file = self.path.open("ab" if self._resumed else "xb", buffering=0)
+        except FileExistsError as error:
+            message = (
+                f"expected a new file, got {self.path}, which exists; continue it with resume=True or name another"
+            )
+            raise in_words(error, message) from error
+        except OSError as error:
+            message = f"expected a file that can be written, got {self.path} ({error.strerror}); make its folder first"
+            raise in_words(error, message) from error
+        if self._resumed and (torn := self._cut(whole)):
+            _LOG.warning("%s: the last step was cut short; what there was of it is kept in %s", self.path, torn)
 
     def start(self, meta: dict[str, Any]) -> None:
         """Write the line that says how the rows are made; on resuming, check that they are made likewise."""
@@ -228,7 +240,10 @@ class JsonLinesSink:
         """Write the rows of one step."""
         if self._resumed and rows:
             self._resumed = False
-            self._cut(_offset_of_step(self.path, rows[0]["step"]))
+            step = rows[0]["step"]
+            if repeated := self._cut(_offset_of_step(self.path, step)):
+                message = "%s: this run begins at step %d; what an earlier run wrote from that step on is kept in %s"
+                _LOG.warning(message, self.path, step, repeated)
             if self._meta is not None and self._meta != read_history(self.path).meta:
                 self._put([{"meta": self._meta}])
         self._put(rows)
@@ -243,13 +258,13 @@ class JsonLinesSink:
         while data:  # an unbuffered file may take less than it is given
             data = data[self._file.write(data) :]
 
-    def _cut(self, size: int) -> None:
-        """Shorten the file to ``size`` bytes; the rest is safe in a side file first."""
+    def _cut(self, size: int) -> Path | None:
+        """Shorten the file to ``size`` bytes; the rest, if any, is safe in the side file that is returned."""
         with self.path.open("rb+") as file:
             file.seek(size)
             rest = file.read()
             if not rest:
-                return
+                return None
             aside = next(p for n in itertools.count(1) if not (p := Path(f"{self.path}.aside-{n}")).exists())
             with aside.open("xb") as copy:
                 copy.write(rest)
@@ -257,7 +272,7 @@ class JsonLinesSink:
                 os.fsync(copy.fileno())
             file.truncate(size)
         self.set_aside.append(aside)
-        _LOG.warning("%s: %d bytes of torn or repeated steps set aside in %s", self.path, len(rest), aside)
+        return aside
 
 
 def read_history(path: str | os.PathLike[str]) -> History:
@@ -266,7 +281,9 @@ def read_history(path: str | os.PathLike[str]) -> History:
     Raises
     ------
     ResumeError
-        A line other than the last is not a JSON object.
+        It is another file, or a line other than the last is damaged.
+    OSError
+        There is no file, or it cannot be read.
 
     Examples
     --------
@@ -288,24 +305,50 @@ def read_history(path: str | os.PathLike[str]) -> History:
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each whole line as ``(offset of its end, object)``; ends before a torn last line."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        message = f"expected a history written by JsonLinesSink, got {path} ({error.strerror}); is it the right path?"
+        raise in_words(error, message) from error
     end = 0
-    lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            if not isinstance(record, dict) or not line.endswith(b"\n"):
-                raise ValueError("not a whole object")
-            if "meta" not in record and not {"step", "layer"} <= record.keys():
-                raise ValueError("neither a row nor the head of a record")
-        except ValueError as error:  # also what is not UTF-8
-            if number == len(lines):
+        except ValueError:  # also what is not UTF-8
+            record = None
+        if not (_is_record(record) and line.endswith(b"\n")):
+            if number == len(lines) and (number > 1 or _is_torn_head(line, record)):
                 return
-            raise ResumeError(
-                f"expected one JSON object per line in {path}, got {line[:40].decode(errors='replace')!r} in line "
-                f"{number}; restore the file or delete that line"
-            ) from error
+            raise ResumeError(_complaint(path, number, line, record))
         end += len(line)
         yield end, record
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it is a row or the head."""
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value["meta"], dict) if "meta" in value else {"step", "layer"} <= value.keys()
+
+
+def _is_torn_head(line: bytes, record: Any) -> bool:
+    """Whether the only line of a file can be what a crash left of a record: its beginning, or zeros in its place."""
+    begun = line.startswith(b"{") and not line.endswith(b"\n") and record is None
+    return begun or _is_record(record) or not line.strip(b"\0")
+
+
+def _complaint(path: Path, number: int, line: bytes, record: Any) -> str:
+    got = repr(line[:40].decode(errors="replace"))
+    if number == 1:
+        return (
+            f"expected a history written by JsonLinesSink, got {path}, whose first line is neither a head (meta) nor "
+            f"a row (step, layer): {got}; name the right file, or restore this one"
+        )
+    if isinstance(record, dict):
+        got = f"{got} without the keys step and layer"
+    return (
+        f"expected one JSON object per line in {path}, got {got} in line {number}; restore the file or delete that line"
+    )
 
 
 def _whole_steps(path: Path) -> int:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lipdyn_torch import __version__
 from lipdyn_torch.errors import LipdynError
+from lipdyn_torch.integrations._extras import MissingExtraError, need
 
 __all__ = ["command", "keep_freed_memory", "main"]
 
+DESCRIPTION = (
+    "Watch the Lipschitz bound of a neural network move in training, and see what moves it: a demonstration in a "
+    "minute, and the experiments of the paper. Each writes a folder of rows, figures and tables."
+)
+#: What every command comes to need, asked for before the work begins; what only some need, they ask for themselves.
+PACKAGES = ("torch", "threadpoolctl", "pandas", "matplotlib", "sklearn", "tqdm")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -37,17 +47,25 @@ def keep_freed_memory() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 where points failed, 2 for wrong use, 130 where interrupted."""
+    """Run the command; returns the exit status.
+
+    It is 0, 1 where training diverged or points failed, 2 for wrong use, 130 where interrupted.
+    """
     options = _parser().parse_args(arguments)
     try:
+        for package in PACKAGES:
+            need(package, "experiments")
         return int(options.run(options))
+    except MissingExtraError as error:
+        print(f"lipdyn: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\nlipdyn: interrupted; {options.kept}", file=sys.stderr)
         return 130
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from lipdyn_torch.experiments.demo import FIGURE, HISTORY, DemoConfig, report, run_demo
+    from lipdyn_torch.experiments.demo import FIGURE, HISTORY, DemoConfig, DivergedError, report, run_demo
 
     try:
         config = DemoConfig(
@@ -60,6 +78,9 @@ def _demo(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
         )
         result = run_demo(config)
+    except DivergedError as error:
+        print(f"lipdyn demo: {error}", file=sys.stderr)
+        return 1
     except (LipdynError, ValueError, OSError) as error:
         print(f"lipdyn demo: {error}", file=sys.stderr)
         return 2
@@ -88,7 +109,8 @@ def _reproduce(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lipdyn", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lipdyn", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=_versions())
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(
         commands.add_parser(
@@ -107,6 +129,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _versions() -> str:
+    """Of this package and of what computes for it, without importing them."""
+    found = [f"lipdyn {__version__}"]
+    for package in ("torch", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
+
+
 def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.set_defaults(run=_demo, kept="the rows so far are in the output folder")
     demo.add_argument("--steps", type=int, default=500, help="optimiser steps")
@@ -115,22 +146,25 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--seed", type=int, default=0, help="of the initial weights and of the order of samples")
     demo.add_argument("--out", type=Path, default=Path("lipdyn-demo"), help="folder to make for the results")
     demo.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    demo.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
+    demo.add_argument("--overwrite", action="store_true", help="replace the results of an earlier demo in --out")
 
 
 def _add_reproduce(command: argparse.ArgumentParser) -> None:
-    from lipdyn_torch.experiments.registry import NAMES
+    from lipdyn_torch.experiments.registry import DATA, NAMES, PRESETS
 
     command.set_defaults(run=_reproduce, kept="finished points are kept: the same command goes on from there")
+    unset = argparse.SUPPRESS  # the default of `ReproduceConfig` stands, and help does not call it None
     command.add_argument("name", help=f"all, or one of {', '.join(NAMES)}")
-    command.add_argument("--preset", default="quick", help="quick (minutes) or paper (its steps, batches, replicates)")
-    command.add_argument("--data", default="digits", help="digits (bundled), mnist, cifar10 or cifar100")
-    command.add_argument("--root", default=None, help="folder with the data files, if they are there already")
+    command.add_argument(
+        "--preset", choices=PRESETS, default="quick", help="quick takes minutes; paper: its steps, batches, replicates"
+    )
+    command.add_argument("--data", choices=DATA, default="digits", help="digits are bundled, the others are fetched")
+    command.add_argument("--root", default=unset, help="folder with the data files, if they are there already")
     command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     command.add_argument("--jobs", type=int, default=0, help="points run side by side; 0: one per core")
     command.add_argument(
-        "--out", type=Path, default=None, help="run folder (default: lipdyn-NAME); continued if it is there"
+        "--out", type=Path, default=unset, help="run folder (default: lipdyn-NAME); continued if it is there"
     )
     command.add_argument("--seed", type=int, default=0, help="of everything random")
-    command.add_argument("--scheduler", default=None, metavar="ADDRESS", help="address of a running dask scheduler")
+    command.add_argument("--scheduler", default=unset, metavar="ADDRESS", help="address of a running dask scheduler")
     command.add_argument("--overwrite", action="store_true", help="start again in a folder that holds another run")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lipdyn_torch.experiments.formats import DataError, read_cifar, read_idx, read_tar_members
+from lipdyn_torch.integrations._extras import need
 
 __all__ = ["DATASETS", "Images", "digits", "load"]
 
@@ -234,9 +235,7 @@ def _from_root(root: str, file: str, known: str) -> Path:
 
 
 def _fetch(source: _Source, file: str, progress: bool) -> Path:
-    import pooch
-    import requests
-
+    pooch, requests = need("pooch", "experiments"), need("requests", "experiments")
     cache = Path(os.environ.get("LIPDYN_DATA") or pooch.os_cache("lipdyn"))
     pooch.get_logger().setLevel("WARNING")
     try:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lipdyn_torch.errors import RunFolderExistsError
+from lipdyn_torch.errors import LipdynError, RunFolderExistsError
 from lipdyn_torch.experiments.data import Images, digits
 from lipdyn_torch.experiments.models import ConvNet
-from lipdyn_torch.history import NETWORK, History, JsonLinesSink, json_ready
+from lipdyn_torch.experiments.store import make_folder
+from lipdyn_torch.history import NETWORK, History, JsonLinesSink, Row, json_ready
 from lipdyn_torch.monitor import LipschitzMonitor
 from lipdyn_torch.predict import pathwise, sde
 
-__all__ = ["DemoConfig", "DemoResult", "report", "run_demo"]
+__all__ = ["DemoConfig", "DemoResult", "DivergedError", "report", "run_demo"]
 
 HISTORY, FIGURE, SUMMARY = "history.jsonl", "figure.png", "summary.json"
 ABOUT = (
@@ -28,6 +32,10 @@ ABOUT = (
     "on scikit-learn's 1,797 scanned digits, by plain SGD. K is the product of the layers' matrix norms,\n"
     "a convolution counting as its reshaped kernel."
 )
+
+
+class DivergedError(LipdynError, ArithmeticError):
+    """Training left the finite numbers; the rows up to there are kept."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class DemoResult:
     curvature: float
     noise: float
     remainder: float
-    errors: dict[str, tuple[float, float]]  # predictor: (largest absolute, final signed)
+    errors: dict[str, dict[str, float]]  # predictor: {"largest": absolute, "final": signed}
     flagged_steps: int
     history: History
 
@@ -78,13 +86,16 @@ def run_demo(config: DemoConfig) -> DemoResult:
     Raises
     ------
     RunFolderExistsError
-        ``config.out`` exists and ``config.overwrite`` is off.
+        ``config.out`` holds an earlier run and ``config.overwrite`` is off, or it holds something else.
+    DivergedError
+        The loss or the weights are not finite.
     """
     check_device(config.device)
     images = digits()
     if config.batch_size > len(images.train_x):
         raise ValueError(f"expected batch_size up to {len(images.train_x)}, got {config.batch_size}")
     folder = prepare_folder(config.out, config.overwrite)
+    save_summary(folder, config)  # the mark of a folder of this command, also of a run that is not finished
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = ConvNet(channels=1, size=8).to(config.device)
@@ -102,11 +113,12 @@ def train(model: ConvNet, images: Images, config: DemoConfig, sink: JsonLinesSin
     bar = tqdm(total=config.steps, desc="training", unit="step", disable=not config.progress)
     size = len(images.train_x)
     with bar, LipschitzMonitor(model, optimizer, dataset_size=size, sinks=[sink]) as monitor:
-        for x, y in itertools.islice(_endless(loader), config.steps):
+        for step, (x, y) in enumerate(itertools.islice(_endless(loader), config.steps)):
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(model(x.to(config.device)), y.to(config.device))
             loss.backward()
             optimizer.step()
+            check_finite(step, loss, model, config)
             bar.set_postfix(K=f"{np.exp(monitor.log_k):.3f}", loss=f"{loss.item():.3f}", refresh=False)
             bar.update()
     return monitor.history
@@ -135,7 +147,7 @@ def summarise(history: History, accuracy: float) -> DemoResult:
         curvature=curvature,
         noise=noise,
         remainder=float(z[1] - z[0]) - drift - curvature - noise,
-        errors={p.name: (p.max_error, p.final_error) for p in predictions},
+        errors={p.name: {"largest": p.max_error, "final": p.final_error} for p in predictions},
         flagged_steps=int((network["status"] != "ok").sum()),
         history=history,
     )
@@ -159,25 +171,50 @@ def report(result: DemoResult) -> str:
         share = f"{100 * value / change:+8.3f} %" if abs(change) > 1e-12 else "       -"
         lines.append(f"  {name:<20} {value:+9.5f}   {share}")
     lines += ["", "error of log K            largest        final"]
-    for name, (largest, final) in result.errors.items():
-        lines.append(f"  {name:<20} {largest:10.3e}   {final:+10.3e}")
+    for name, error in result.errors.items():
+        lines.append(f"  {name:<20} {error['largest']:10.3e}   {error['final']:+10.3e}")
     if result.flagged_steps:
-        statuses = sorted({row["status"] for row in result.history if row["layer"] == NETWORK} - {"ok"})
-        lines += ["", f"{result.flagged_steps} steps with a remark: {statuses[0]}"]
+        lines += ["", f"steps with a remark   {result.flagged_steps}", *remarks(result.history)]
     return "\n".join(lines)
+
+
+def remarks(history: History) -> list[str]:
+    """A line for every kind of remark, the most frequent first; remarks that differ in numbers only are of one kind."""
+    kinds: dict[str, list[Row]] = {}
+    for row in history:
+        if row["layer"] != NETWORK and row["status"] != "ok":
+            kinds.setdefault(re.sub(r"\d[\d.e+-]*", "N", row["status"]), []).append(row)
+    lines = []
+    for kind, rows in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        steps, layers = ({row[key] for row in rows} for key in ("step", "layer"))
+        lines.append(f"  {len(steps)} steps, {len(layers)} layers: {kind}")
+    return lines
 
 
 def prepare_folder(path: Path, overwrite: bool) -> Path:
     """Make the run folder; with ``overwrite`` only the files of an earlier run are removed from it."""
-    if path.exists():
+    if not make_folder(path):
+        if not _is_run(path):
+            raise RunFolderExistsError(
+                f"expected a new or empty output folder, got {path}, which holds something else; choose another --out"
+            )
         if not overwrite:
             raise RunFolderExistsError(
-                f"expected a new output folder, got {path}, which exists; choose another --out or add --overwrite"
+                f"expected a new or empty output folder, got {path}, which holds an earlier run; "
+                "choose another --out or add --overwrite"
             )
         for name in (HISTORY, FIGURE, SUMMARY):
             (path / name).unlink(missing_ok=True)
-    path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the demo made it: histories and figures are in folders of one's own training runs too."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(summary, dict) and summary.keys() == {"settings", "result"}
 
 
 def save(result: DemoResult, config: DemoConfig, folder: Path) -> None:
@@ -185,9 +222,27 @@ def save(result: DemoResult, config: DemoConfig, folder: Path) -> None:
     from lipdyn_torch.plots import summary_figure
 
     summary_figure(result.history).savefig(folder / FIGURE, dpi=200)
-    summary = {key: value for key, value in vars(result).items() if key != "history"}
-    document = {"settings": {**asdict(config), "out": str(config.out)}, "result": json_ready(summary)}
+    save_summary(folder, config, {key: value for key, value in vars(result).items() if key != "history"})
+
+
+def save_summary(folder: Path, config: DemoConfig, result: dict[str, Any] | None = None) -> None:
+    """The settings, and the numbers of the table once they are there."""
+    document = {"settings": {**asdict(config), "out": str(config.out)}, "result": json_ready(result)}
     (folder / SUMMARY).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def check_finite(step: int, loss: torch.Tensor, model: ConvNet, config: DemoConfig) -> None:
+    """Raise as soon as training cannot come back."""
+    if not math.isfinite(loss.item()):
+        what = "the loss is"
+    elif not all(bool(p.isfinite().all()) for p in model.parameters()):
+        what = "the weights are"
+    else:
+        return
+    raise DivergedError(
+        f"training diverged at step {step}: {what} not finite; lower --lr, now {config.lr:g} "
+        f"(the rows up to there are in {config.out / HISTORY})"
+    )
 
 
 def check_device(name: str) -> None:

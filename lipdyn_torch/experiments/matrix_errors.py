@@ -26,6 +26,7 @@ from lipdyn_torch.experiments.registry import (
     Summary,
     Table,
 )
+from lipdyn_torch.integrations._extras import need
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,8 +46,7 @@ def exact_coefficients(A: NDArray[np.float64], H: NDArray[np.float64], order: in
     The step is 10^(-digits / (order + 2)), so truncation and rounding leave about ``digits / (order + 2)`` digits
     at the worst order; no perturbation theory enters.
     """
-    import mpmath
-
+    mpmath = need("mpmath", "experiments")
     with mpmath.workdps(digits):
         step = mpmath.mpf(10) ** (-(digits // (order + 2)))
         nodes = range(-(order // 2 + 1), order // 2 + 2)

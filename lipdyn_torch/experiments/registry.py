@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["NAMES", "Claim", "Context", "Experiment", "Point", "Row", "Summary", "Table", "find"]
+__all__ = ["DATA", "NAMES", "PRESETS", "Claim", "Context", "Experiment", "Point", "Row", "Summary", "Table", "find"]
+
+PRESETS = ("quick", "paper")
+DATA = ("digits", "mnist", "cifar10", "cifar100")
 
 Row = dict[str, Any]
 #: One point of a sweep: plain values with a unique "id", and "cost", a guess of its share of the work.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lipdyn_torch.experiments.data import Images
+from lipdyn_torch.integrations._extras import need
 
 __all__ = ["PLAIN", "REGULARISERS", "Regulariser"]
 
@@ -62,11 +63,9 @@ def augment(pixels: Tensor) -> Tensor:
 
     kornia draws one sub-policy per call, so the batch is cut into small groups with a draw each.
     """
-    from kornia.augmentation.auto import AutoAugment
-
     channels = pixels.shape[1]
     colour = pixels.expand(-1, 3, -1, -1) if channels == 1 else pixels  # some of the policy's steps need colours
-    policy = AutoAugment("cifar10")
+    policy = need("kornia.augmentation.auto", "experiments").AutoAugment("cifar10")
     groups = colour.split(max(8, len(pixels) // 16))
     done = torch.cat([policy(group) for group in groups]).clamp(0, 1)
     return done.mean(1, keepdim=True) if channels == 1 else done

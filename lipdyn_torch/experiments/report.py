@@ -9,6 +9,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from lipdyn_torch.experiments.registry import Claim, Summary, Table
+from lipdyn_torch.integrations._extras import need
 
 if TYPE_CHECKING:
     from lipdyn_torch.experiments.runner import Job, ReproduceConfig
@@ -78,8 +79,7 @@ def write_summary(job: Job, summary: Summary) -> None:
 
 def write_report(config: ReproduceConfig, done: list[tuple[Job, Summary]], environment: dict[str, Any]) -> None:
     """``report.html`` and ``summary.md`` of a run of all experiments."""
-    import jinja2
-
+    jinja2 = need("jinja2", "experiments")
     claims = [claim for _, summary in done for claim in summary.claims]
     source = resources.files("lipdyn_torch.experiments").joinpath("report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)

@@ -21,13 +21,12 @@ from tqdm import tqdm
 from lipdyn_torch.errors import LipdynError
 from lipdyn_torch.experiments.cli import keep_freed_memory
 from lipdyn_torch.experiments.demo import check_device, check_seed
-from lipdyn_torch.experiments.registry import NAMES, Context, Experiment, Point, Row, Summary, find
+from lipdyn_torch.experiments.registry import DATA, NAMES, PRESETS, Context, Experiment, Point, Row, Summary, find
 from lipdyn_torch.experiments.store import RunFolder
+from lipdyn_torch.integrations._extras import need
 
-__all__ = ["PRESETS", "Job", "PointFailedError", "ReproduceConfig", "processor", "reproduce", "run_point"]
+__all__ = ["Job", "PointFailedError", "ReproduceConfig", "processor", "reproduce", "run_point"]
 
-PRESETS = ("quick", "paper")
-DATA = ("digits", "mnist", "cifar10", "cifar100")
 Report = Callable[[int, int, Point], None]
 
 
@@ -100,6 +99,8 @@ def reproduce(config: ReproduceConfig) -> list[tuple[Job, Summary]]:
     from lipdyn_torch.experiments.report import write_report, write_summary
 
     check_device(config.device)
+    if config.scheduler is not None:
+        check_scheduler(config.scheduler)  # before a folder is made
     load(config.data, config.root, progress=config.progress)  # once, before any worker asks; complains early
     if config.name == "all":
         RunFolder(config.folder, {"experiment": "all", **_settings(config)}, config.overwrite)
@@ -223,14 +224,24 @@ def _attempt(job: Job, point: Point) -> list[Row] | Exception:
         return error
 
 
+def check_scheduler(address: str) -> None:
+    """Raise unless a scheduler answers there."""
+    distributed = need("distributed", "experiments")
+    try:
+        distributed.Client(address, timeout="10s").close()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"expected the address of a running dask scheduler, got {address!r} ({error}); "
+            "start one with: dask scheduler"
+        ) from error
+
+
 @contextlib.contextmanager
 def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
     """A client of the given scheduler, or of a local cluster of single-threaded processes."""
-    import dask
-    from distributed import Client, LocalCluster
-
+    dask, distributed = need("dask", "experiments"), need("distributed", "experiments")
     if scheduler is not None:
-        with Client(scheduler, timeout="10s") as client:
+        with distributed.Client(scheduler, timeout="10s") as client:
             yield client
         return
     quiet = {
@@ -241,14 +252,14 @@ def _client(workers: int, scheduler: str | None) -> Iterator[Any]:
     with dask.config.set(quiet), warnings.catch_warnings(), _one_thread():
         warnings.simplefilter("ignore")  # the dashboard's port may be taken; we do not need one
         with (
-            LocalCluster(
+            distributed.LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,
                 dashboard_address="127.0.0.1:0",
                 memory_limit=0,
                 silence_logs=50,
             ) as cluster,
-            Client(cluster) as client,
+            distributed.Client(cluster) as client,
         ):
             client.run(keep_freed_memory)
             yield client

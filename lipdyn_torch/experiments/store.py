@@ -12,15 +12,35 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lipdyn_torch.errors import RunFolderExistsError
+from lipdyn_torch.errors import RunFolderExistsError, in_words
 from lipdyn_torch.experiments.registry import Row
 from lipdyn_torch.history import json_ready
 
-__all__ = ["CONFIG", "ROWS", "RunFolder"]
+__all__ = ["CONFIG", "ROWS", "RunFolder", "make_folder"]
 
 CONFIG, ROWS = "config.json", "rows.jsonl"
 DAMAGED = "rows.damaged-{}.jsonl"
 _MADE_HERE = ("summary.md", "environment.json", "report.html", "*.png", "*.svg", "rows.damaged-*.jsonl", ROWS, CONFIG)
+
+
+def make_folder(path: Path) -> bool:
+    """Make the folder where it is not there; whether it is empty.
+
+    Raises
+    ------
+    RunFolderExistsError
+        It is a file.
+    OSError
+        It cannot be made or read.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return not any(path.iterdir())
+    except FileExistsError as error:
+        raise RunFolderExistsError(f"expected a folder, got {path}, which is a file; choose another --out") from error
+    except OSError as error:
+        message = f"expected a folder that can be made and read, got {path} ({error.strerror}); choose another --out"
+        raise in_words(error, message) from error
 
 
 class RunFolder:
@@ -33,7 +53,7 @@ class RunFolder:
     config : dict
         Plain values.
     overwrite : bool
-        Remove the files of an earlier run first, whatever its configuration.
+        Remove the files of an earlier run first, whatever its configuration; what else is there is not overwritten.
 
     Attributes
     ----------
@@ -62,11 +82,9 @@ class RunFolder:
         self.finished: dict[str, list[Row]] = {}
         self.set_aside: Path | None = None
         config = json.loads(json.dumps(json_ready(config)))
-        cleared = overwrite and self._clear()
-        if not cleared and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if not make_folder(path) and not (overwrite and self._clear()):
             self._check(config)
         else:
-            path.mkdir(parents=True, exist_ok=True)
             self.write(CONFIG, json.dumps(config, indent=2) + "\n")
         self._load()
 
@@ -95,7 +113,7 @@ class RunFolder:
 
     def _clear(self) -> bool:
         """Remove what a run makes, and only that; False if this is no run folder."""
-        if not (self.path / CONFIG).is_file():
+        if self._config() is None:
             return False
         for pattern in _MADE_HERE:
             for file in self.path.glob(pattern):
@@ -103,23 +121,25 @@ class RunFolder:
         return True
 
     def _check(self, config: dict[str, Any]) -> None:
-        advice = "choose another --out or add --overwrite"
-        try:
-            found = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            if not (self.path / CONFIG).is_file():
-                advice = "choose another --out"  # what is in it is not overwritten
+        found = self._config()
+        if found is None:
             raise RunFolderExistsError(
-                f"expected a run folder, got {self.path} without a readable {CONFIG}; {advice}"
-            ) from error
-        if not isinstance(found, dict):
-            raise RunFolderExistsError(f"expected a run folder, got {self.path} with a strange {CONFIG}; {advice}")
+                f"expected a run folder, got {self.path} without a {CONFIG} of an experiment; choose another --out"
+            )
         for key in dict.fromkeys((*config, *found)):
             if found.get(key) != config.get(key):
                 raise RunFolderExistsError(
                     f"expected a folder of this run ({key} {config.get(key)!r}), got {self.path} with {key} "
-                    f"{found.get(key)!r}; {advice}"
+                    f"{found.get(key)!r}; choose another --out or add --overwrite"
                 )
+
+    def _config(self) -> dict[str, Any] | None:
+        """The configuration that the folder was made for; None if no experiment made it: others have such files too."""
+        try:
+            found = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and "experiment" in found else None
 
     def _load(self) -> None:
         file = self.path / ROWS

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 from lipdyn_torch.errors import LipdynError
 
-__all__ = ["MissingExtraError", "need"]
+__all__ = ["MissingExtraError", "missing_extra", "need"]
 
 
 class MissingExtraError(LipdynError, ImportError):
@@ -31,10 +32,16 @@ def need(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
-        if (error.name or "").partition(".")[0] != package and not module.startswith("torch."):
-            raise  # the package is there, and broken in itself
-        missing = (error.name or package).partition(".")[0]
-        raise MissingExtraError(
-            f"expected the package {missing} to be installed, got none; "
-            f"install it with: pip install 'specpert[{extra}]'"
-        ) from error
+        # parts of torch need packages of their own: tensorboard, for one
+        packages = (package, (error.name or package).partition(".")[0]) if module.startswith("torch.") else (package,)
+        raise missing_extra(error, extra, packages) from error
+
+
+def missing_extra(error: ModuleNotFoundError, extra: str, packages: Iterable[str]) -> MissingExtraError:
+    """The error in words, if it is one of these packages that is missing; if one is broken in itself, raise it."""
+    missing = (error.name or "").partition(".")[0]
+    if missing not in packages:
+        raise error
+    return MissingExtraError(
+        f"expected the package {missing} to be installed, got none; install it with: pip install 'specpert[{extra}]'"
+    )

@@ -166,8 +166,6 @@ def test_workers_of_a_scheduler_give_the_same_rows(one_run, tmp_path):
     ("arguments", "known"),
     [
         (["jakobian"], "jacobian, hessian"),
-        (["jacobian", "--preset", "fast"], "quick, paper"),
-        (["jacobian", "--data", "imagenet"], "digits, mnist, cifar10, cifar100"),
         (["jacobian", "--jobs", "-1"], "jobs of at least 1"),
         (["jacobian", "--device", "abacus"], "device"),
         (["validation", "--data", "mnist", "--root", "/nowhere"], "/nowhere"),
@@ -177,6 +175,14 @@ def test_wrong_use_names_what_is_known(arguments, known, capsys, tmp_path):
     assert cli.main(["reproduce", *arguments, "--out", str(tmp_path / "run")]) == 2
     assert known in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "known"), [({"preset": "fast"}, "quick, paper"), ({"data": "imagenet"}, "digits, mnist, cifar10, cif")]
+)
+def test_wrong_settings_name_what_is_known(setting, known):
+    with pytest.raises(ValueError, match=known):
+        ReproduceConfig("jacobian", **setting)
 
 
 def test_a_folder_of_another_experiment_is_refused(one_run, tmp_path, capsys):

@@ -76,16 +76,19 @@ def test_another_run_is_refused_and_overwritten_on_demand(tmp_path):
     assert (tmp_path / "run" / "thesis.tex").read_text() == "mine"
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{"])
-def test_a_folder_of_something_else_is_refused(tmp_path, content):
-    (tmp_path / "notes.txt").write_text("mine")
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", [None, "", "[]", "{", '{"model_type": "bert"}'])
+def test_a_folder_of_something_else_is_refused(tmp_path, content, overwrite):
+    """Models of others keep a config.json too."""
+    (tmp_path / "figure.png").write_text("mine")
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(RunFolderExistsError, match="expected a run folder"):
-        RunFolder(tmp_path, CONFIG)
+    with pytest.raises(RunFolderExistsError, match=r"expected a run folder, .*; choose another --out$"):
+        RunFolder(tmp_path, CONFIG, overwrite)
+    assert (tmp_path / "figure.png").read_text() == "mine"
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(RunFolderExistsError):
+    with pytest.raises(RunFolderExistsError, match=r"expected a folder, got .*run, which is a file; choose another"):
         RunFolder(tmp_path / "run", CONFIG)

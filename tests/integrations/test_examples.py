@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,15 @@ def test_every_example_says_how_to_run_it():
     assert shown == {path.name for path in ROOT.glob("examples/*.py")}
     page = (ROOT / "docs" / "training-jobs.md").read_text()
     assert all(line in page for line in commands())
+
+
+def test_the_examples_are_shipped_and_what_they_write_is_not():
+    built = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["sdist"]
+    assert {"/examples", "/tests", "/docs", "/bench"} <= set(built["include"])
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    written = re.findall(r'default=Path\("(.+)"\)', "".join(p.read_text() for p in ROOT.glob("examples/*.py")))
+    assert len(written) == 4
+    assert all(f"/{folder}/" in ignored for folder in written)
 
 
 @pytest.mark.parametrize("line", commands())

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from lipdyn_torch import pathwise, read_history, sde
+from lipdyn_torch import History, pathwise, read_history, sde
 from lipdyn_torch.experiments import cli, demo
 from lipdyn_torch.experiments.data import digits
 
@@ -43,6 +43,13 @@ def test_second_order_follows_the_observation_at_every_step(run):
 def test_the_network_learns(run):
     result = json.loads((run[0] / demo.SUMMARY).read_text())["result"]
     assert result["test_accuracy"] > 0.8
+
+
+def test_the_summary_names_its_errors(run):
+    errors = json.loads((run[0] / demo.SUMMARY).read_text())["result"]["errors"]
+    for prediction in (sde(read_history(run[0] / demo.HISTORY)), pathwise(read_history(run[0] / demo.HISTORY), 2)):
+        named = {"largest": prediction.max_error, "final": prediction.final_error}
+        assert errors[prediction.name] == pytest.approx(named)
 
 
 def test_the_table_holds_what_was_measured(run):
@@ -79,7 +86,9 @@ def test_an_existing_folder_is_refused_unless_overwritten(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
-    assert re.search(r"expected a new output folder, got .*run, which exists; choose another --out or add", error)
+    assert re.search(
+        r"expected a new or empty output folder, got .*run, which holds an earlier run; choose .* or add", error
+    )
     assert cli.main([*arguments, "--overwrite", "--seed", "1"]) == 0
     assert json.loads((out / demo.SUMMARY).read_text())["settings"]["seed"] == 1
     assert (out / "notes.txt").read_text() == "mine"
@@ -106,6 +115,40 @@ def test_wrong_options(tmp_path, capsys, arguments, message):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("content", [{"notes.txt": "mine"}, {"history.jsonl": "mine", "summary.json": "[]"}])
+def test_a_folder_of_something_else_is_never_overwritten(tmp_path, capsys, content):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    assert cli.main(["demo", "--out", str(tmp_path), "--overwrite"]) == 2
+    assert capsys.readouterr().err.endswith("which holds something else; choose another --out\n")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == content
+
+
+@pytest.mark.parametrize("lr", ["1000", "1e30"])
+def test_a_diverged_run_says_so_and_stops(tmp_path, capsys, lr):
+    out = tmp_path / "run"
+    out.mkdir()  # an empty folder is as good as none
+    assert cli.main(["demo", "--steps", "8", "--lr", lr, "--batch-size", "8", "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    step = re.search(r"training diverged at step (\d): the (?:loss is|weights are) not finite; lower --lr", printed.err)
+    assert step
+    assert read_history(out / demo.HISTORY).steps == list(range(int(step[1]) + 1))
+    assert json.loads((out / demo.SUMMARY).read_text())["result"] is None
+    assert demo.prepare_folder(out, overwrite=True) == out
+    assert list(out.iterdir()) == []
+
+
+def test_remarks_are_counted_by_kind():
+    statuses = {"a": ["ok", "3 of 8 lost", "5 of 8 lost", "clipped"], "b": ["ok", "ok", "5 of 8 lost", "clipped"]}
+    history = History(
+        {"step": step, "layer": layer, "status": status}
+        for layer, column in statuses.items()
+        for step, status in enumerate(column)
+    )
+    assert demo.remarks(history) == ["  2 steps, 2 layers: N of N lost", "  1 steps, 2 layers: clipped"]
+
+
 def test_shares_of_no_change_at_all(tmp_path, capsys):
     assert cli.main(["demo", "--out", str(tmp_path / "run"), "--steps", "2", "--lr", "1e-30"]) == 0
     printed = capsys.readouterr().out
@@ -127,6 +170,7 @@ def test_an_interruption_is_no_failure(tmp_path, capsys, monkeypatch, command):
 def test_batch_of_one_is_reported(tmp_path, capsys):
     assert cli.main(["demo", "--steps", "2", "--batch-size", "1", "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
-    assert "batch of one" in printed
+    assert "  2 steps, 5 layers: batch of one: noise terms undefined\n" in printed
+    assert printed.count("batch of one") == 1
     assert re.search(r"noise curvature +\+?nan", printed)
     json.loads((tmp_path / "run" / demo.SUMMARY).read_text())

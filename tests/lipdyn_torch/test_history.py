@@ -37,7 +37,7 @@ def same(rows: list[dict], other: list[dict]) -> bool:
 
 
 @pytest.mark.parametrize("lost", [1, 2, 30, 60, 61, 62, 63, 64])
-def test_a_crash_at_any_byte_loses_the_step_being_written_only(tmp_path, lost):
+def test_a_crash_at_any_byte_loses_the_step_being_written_only(tmp_path, lost, caplog):
     """Also when one of the step's rows is whole: a step is kept as a whole or not at all."""
     path = tmp_path / "history.jsonl"
     write(path, range(3))
@@ -49,6 +49,7 @@ def test_a_crash_at_any_byte_loses_the_step_being_written_only(tmp_path, lost):
     assert path.read_bytes() == b"".join(lines[:-2])
     assert sink.set_aside == [tmp_path / "history.jsonl.aside-1"]
     assert sink.set_aside[0].read_bytes() == (lines[-2] + lines[-1])[:-lost]
+    assert caplog.messages == [f"{path}: the last step was cut short; what there was of it is kept in {path}.aside-1"]
     sink.start(META)
     for step in (2, 3):
         sink.write(step_rows(step))
@@ -57,10 +58,14 @@ def test_a_crash_at_any_byte_loses_the_step_being_written_only(tmp_path, lost):
     assert read_history(path).steps == [0, 1, 2, 3]
 
 
-def test_a_crash_in_the_very_first_line(tmp_path):
+def test_a_crash_anywhere_in_the_very_first_line(tmp_path):
     path = tmp_path / "history.jsonl"
-    write(path, [])
-    path.write_bytes(path.read_bytes()[:9])
+    write(path, [], meta={**META, "skipped": {}})
+    whole = path.read_bytes()
+    for left in (*(whole[:size] for size in range(len(whole))), bytes(9)):
+        path.write_bytes(left)
+        assert len(read_history(path)) == 0
+    path.write_bytes(whole[:9])
     write(path, [0], resume=True)
     assert read_history(path).meta == META
     assert read_history(path).steps == [0]
@@ -88,7 +93,10 @@ def test_repeated_steps_replace_the_old_ones_which_are_kept_aside(tmp_path, capl
     assert [row["z"] for row in history if row["layer"] == "fc"] == [0.5, 1.5, 2.75, 3.75, 4.75]
     aside = read_history(sink.set_aside[0])
     assert [(row["step"], row["z"]) for row in aside if row["layer"] == "fc"] == [(2, 2.5), (3, 3.5)]
-    assert f"torn or repeated steps set aside in {sink.set_aside[0]}" in caplog.text
+    told = (
+        f"{path}: this run begins at step 2; what an earlier run wrote from that step on is kept in {sink.set_aside[0]}"
+    )
+    assert caplog.messages == [told]
     again = write(path, [1], resume=True)
     assert [p.name for p in again.set_aside] == ["history.jsonl.aside-2"]
     assert read_history(path).steps == [0, 1]
@@ -207,11 +215,64 @@ def test_states_that_do_not_fit(mlp_case):
     assert history.rows == rows
 
 
-def test_lines_that_are_no_rows(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello",
+        b"hello\n",
+        b'{"a": 1}',
+        b'{"a": 1}\n{"b": 2}\n',
+        b'{"step": 0}\n{"step": 1, "layer": "network"}\n',
+        b'{"meta": 5}\n',
+        b"{\n",
+        b"# A page\n\nof text\n",
+        b"\x89PNG\r\n\x1a\n\0",
+    ],
+)
+def test_another_file_is_no_history_and_is_left_alone(tmp_path, content):
+    path = tmp_path / "other"
+    path.write_bytes(content)
+    message = (
+        "expected a history written by JsonLinesSink, got .*other, whose first line is neither a head .* right file"
+    )
+    for read in (read_history, lambda path: JsonLinesSink(path, resume=True)):
+        with pytest.raises(ResumeError, match=message):
+            read(path)
+    assert path.read_bytes() == content
+
+
+def test_an_object_that_is_no_row_is_told_by_its_keys(tmp_path):
     path = tmp_path / "history.jsonl"
-    path.write_text('{"step": 0}\n{"step": 1, "layer": "network"}\n')
-    with pytest.raises(ResumeError, match="expected one JSON object per line"):
-        JsonLinesSink(path, resume=True)
+    write(path, [0])
+    path.write_text(path.read_text() + '{"a": 1}\n{"step": 1, "layer": "fc"}\n')
+    with pytest.raises(
+        ResumeError, match=r"got '{\"a\": 1}\\n' without the keys step and layer in line 4; restore the"
+    ):
+        read_history(path)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (
+            lambda folder: read_history(folder / "no.jsonl"),
+            FileNotFoundError,
+            r"by JsonLinesSink, got .*no.jsonl \(No su",
+        ),
+        (lambda folder: read_history(folder), IsADirectoryError, r"expected a history .*, got .* \(Is a directory\)"),
+        (
+            lambda folder: JsonLinesSink(folder / "no" / "x"),
+            FileNotFoundError,
+            "expected a file that .* make its folder",
+        ),
+        (lambda folder: JsonLinesSink(folder), FileExistsError, "expected a new file, got .* with resume=True or name"),
+    ],
+)
+def test_a_path_that_cannot_be_read_or_written_is_told_in_words(tmp_path, call, kind, message):
+    with pytest.raises(kind, match=message) as caught:
+        call(tmp_path)
+    assert caught.value.errno == caught.value.__cause__.errno
+    assert "Errno" not in str(caught.value)
 
 
 def test_a_closed_sink_is_not_used_again(tmp_path):
