@@ -96,7 +96,10 @@ def cluster() -> plt.Figure:
         for x, t in zip(xs, truth, strict=True)
     ]
     right.loglog(xs, np.maximum(errors, 1e-17), color=BLUE, label="pair (1, 2)")
-    for radius, color, name in [(single.radius, RED, r"radius of $\sigma_1$"), (pair.radius, BLUE, "radius of the pair")]:
+    for radius, color, name in [
+        (single.radius, RED, r"radius of $\sigma_1$"),
+        (pair.radius, BLUE, "radius of the pair"),
+    ]:
         right.axvline(float(radius), color=color, ls=":", lw=1)
         right.text(0.9 * float(radius), 1e-1, name, color=color, fontsize=7.5, rotation=90, ha="right", va="center")
     right.set(xlabel="x", ylabel="absolute error", ylim=(1e-17, 1e4))
