@@ -266,7 +266,7 @@ def split_figure(history: History | pd.DataFrame, context: str = "paper") -> Fig
                     axes.fill_between(at, 0.0, values, color=color, alpha=0.12, linewidth=0)
             axes.axhline(0.0, color=BLACK, linewidth=0.5)
             axes.set(xlabel="optimiser step", ylabel=f"{unit} per unit time", title=title)
-        panels[0].set_ylabel(_rate("nats", window))
+        panels[0].set_ylabel(_rate(window))
         _legend_below(figure, panels[0])
     return figure
 
@@ -339,7 +339,7 @@ def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
             axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "not known:\nsee status", transform=axes.transAxes, ha="center", va="center")
     panels[0].axhline(0.0, color=BLACK, linewidth=0.5)
-    panels[0].set_ylabel(_rate("nats", window))
+    panels[0].set_ylabel(_rate(window))
 
 
 def _predictions(history: History | pd.DataFrame) -> list[Prediction]:
@@ -413,9 +413,9 @@ def _label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def _rate(unit: str, window: int) -> str:
+def _rate(window: int) -> str:
     """The label of an axis of moving averages, whose first windows are not full."""
-    return f"{unit} per unit time (step = lr),\nmean of \N{LESS-THAN OR EQUAL TO} {window} monitored steps"
+    return f"nats per unit time (step = lr),\nmean of \N{LESS-THAN OR EQUAL TO} {window} monitored steps"
 
 
 def _window(frame: pd.DataFrame) -> int:
