@@ -2,6 +2,8 @@
 
 import re
 
+from sphinx import addnodes
+
 project = "specpert"
 author = "the specpert maintainers"
 copyright = "2026, the specpert maintainers"
@@ -42,5 +44,16 @@ def polish(app, what, name, obj, options, lines):
     lines[:] = text.split("\n")
 
 
+def anchor(app, doctree):
+    """Pages of source link back to all names of a module as if they stood where the first of them is documented."""
+    for node in doctree.findall(addnodes.desc_signature):
+        package = node.get("module", "").rpartition(".")[0]
+        name = f"{package}.{node.get('fullname')}"
+        if package and node["ids"] and name not in doctree.ids:
+            node["ids"].append(name)
+            doctree.ids[name] = node
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", polish, priority=900)  # after napoleon
+    app.connect("doctree-read", anchor)

@@ -96,8 +96,12 @@ def cluster() -> plt.Figure:
         for x, t in zip(xs, truth, strict=True)
     ]
     right.loglog(xs, np.maximum(errors, 1e-17), color=BLUE, label="pair (1, 2)")
-    right.axvline(float(single.radius), color=RED, ls=":", lw=1, label=r"radius of $\sigma_1$")
-    right.axvline(float(pair.radius), color=BLUE, ls=":", lw=1, label="radius of the pair")
+    for radius, color, name in [
+        (single.radius, RED, r"radius of $\sigma_1$"),
+        (pair.radius, BLUE, "radius of the pair"),
+    ]:
+        right.axvline(float(radius), color=color, ls=":", lw=1)
+        right.text(0.9 * float(radius), 1e-1, name, color=color, fontsize=7.5, rotation=90, ha="right", va="center")
     right.set(xlabel="x", ylabel="absolute error", ylim=(1e-17, 1e4))
     right.legend(fontsize=7.5, loc="upper left")
     figure.suptitle(f"A = diag(3, 2.001, 2, 1, 0.3), ||H|| = 1, series to order {order}", fontsize=9)
@@ -189,7 +193,7 @@ def bridge() -> plt.Figure:
         observed, predicted = spreads[sampling]
         axes.plot(steps, observed, marker, ms=3, color=colour, label=f"{name}: {runs} runs")
         axes.plot(steps, predicted, color=colour, label=f"{name}: band of sde")
-    axes.set(xlabel="epochs", ylabel="standard deviation of log K (dimensionless)", xlim=(0, epochs))
+    axes.set(xlabel="epochs", ylabel="standard deviation of log K (nats)", xlim=(0, epochs))
     axes.set_xticks(range(epochs + 1))
     axes.set_ylim(0, 1.25 * spreads["iid"][1].max())
     axes.legend(fontsize=7.5, loc="upper left")

@@ -254,8 +254,9 @@ def split_figure(history: History | pd.DataFrame, context: str = "paper") -> Fig
     styles = {"": (BLACK, "-", "all"), "_var": (BLUE, "--", "variances"), "_cov": (VERMILION, "-.", "covariances")}
     with _figure(context, 2.8) as figure:
         panels = figure.subplots(1, 2)
-        for axes, column, title in zip(
-            panels, ("kappa", "lambda_sq"), ("noise curvature $\\kappa$", "noise $\\lambda^2$"), strict=True
+        for axes, column, title, unit in (
+            (panels[0], "kappa", "noise curvature $\\kappa$", "nats"),
+            (panels[1], "lambda_sq", "noise $\\lambda^2$", "nats$^2$"),
         ):
             at = moving_average(rows["step"].to_numpy(float), window)
             for part, (color, dash, label) in styles.items():
@@ -264,14 +265,14 @@ def split_figure(history: History | pd.DataFrame, context: str = "paper") -> Fig
                 if part:
                     axes.fill_between(at, 0.0, values, color=color, alpha=0.12, linewidth=0)
             axes.axhline(0.0, color=BLACK, linewidth=0.5)
-            axes.set(xlabel="optimiser step", title=title)
-        panels[0].set_ylabel(f"per unit time (one step = lr),\nmean of {window} steps")
+            axes.set(xlabel="optimiser step", ylabel=f"{unit} per unit time", title=title)
+        panels[0].set_ylabel(_rate(window))
         _legend_below(figure, panels[0])
     return figure
 
 
 def log_k_panel(axes: Axes, history: History | pd.DataFrame, predictions: list[Prediction]) -> None:
-    """Observed log K against the predictions, with the band of the SDE."""
+    """Observed log K against the predictions, with the band of the SDE, which the legend names where it can be seen."""
     import matplotlib as mpl
 
     step, z = observed(history)
@@ -288,20 +289,25 @@ def log_k_panel(axes: Axes, history: History | pd.DataFrame, predictions: list[P
         axes.plot(prediction.step, prediction.predicted, color=color, linestyle=dash, label=prediction.name)
         if prediction.name == SDE and np.isfinite(prediction.half_width).all():
             low, high = (prediction.predicted + sign * prediction.half_width for sign in (-1, 1))
-            label = "SDE $\\pm$ 1 sd over batches"
+            seen = prediction.half_width.max() > 0.02 * np.ptp(np.concatenate([z, low, high]))  # wider than a line
+            label = "SDE $\\pm$ 1 sd over batches" if seen else None
             axes.fill_between(prediction.step, low, high, color=color, alpha=0.25, linewidth=0, label=label)
     axes.set(xlabel="optimiser step", ylabel="log K  (nats)", title="Lipschitz bound of the network")
     axes.legend(loc="best")
 
 
 def error_panel(axes: Axes, predictions: list[Prediction]) -> None:
-    """Absolute errors of the predictions, and the width of the SDE's band, on a logarithmic axis."""
+    """Absolute errors of the predictions, and the width of the SDE's band, on a logarithmic axis.
+
+    The band is the spread over batches and no bound of the error: that is what the SDE leaves out of a finite step.
+    """
     for prediction, (color, dash) in zip(predictions, PREDICTOR_STYLES, strict=False):
         error = np.abs(prediction.error)
-        axes.plot(prediction.step[1:], error[1:], color=color, linestyle=dash, label=prediction.name)
+        label = f"{SDE}\n(no curvature along it)" if prediction.name == SDE else prediction.name
+        axes.plot(prediction.step[1:], error[1:], color=color, linestyle=dash, label=label)
         if prediction.name == SDE and np.isfinite(prediction.half_width).all():
             sd = np.where(prediction.half_width > 0, prediction.half_width, np.nan)
-            axes.fill_between(prediction.step, sd, color=color, alpha=0.18, linewidth=0, label="SDE, 1 sd")
+            axes.fill_between(prediction.step, sd, color=color, alpha=0.18, linewidth=0, label="SDE, 1 sd over batches")
     top = max((float(np.nanmax(np.abs(p.error), initial=0.0)) for p in predictions), default=0.0)
     if top > 0.0:
         axes.set_yscale("log")
@@ -314,18 +320,18 @@ def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
     """Drift, noise curvature and noise of each layer in three panels, as moving averages."""
     frame = measured(history)
     titles = {
-        "mu": "drift $\\mu$",
-        "kappa": "noise curvature $\\kappa$",
-        "lambda_sq": "noise $\\lambda^2$",
+        "mu": ("drift $\\mu$", "nats"),
+        "kappa": ("noise curvature $\\kappa$", "nats"),
+        "lambda_sq": ("noise $\\lambda^2$", "nats$^2$"),
     }
     window = _window(frame)
-    for axes, (column, title) in zip(panels, titles.items(), strict=True):
+    for axes, (column, (title, unit)) in zip(panels, titles.items(), strict=True):
         for name, color, dash in _layer_styles(frame):
             rows = frame[frame["layer"] == name]
             mean = moving_average(rows[column].to_numpy(float), window)
             at = moving_average(rows["step"].to_numpy(float), window)
             axes.plot(at, mean, color=color, linestyle=dash, label=_label(name))
-        axes.set(xlabel="optimiser step", title=title)
+        axes.set(xlabel="optimiser step", ylabel=f"{unit} per unit time", title=title)
         known = frame[column].to_numpy(float)
         if column != "mu" and np.nansum(known) > 0:
             axes.set_yscale("log")
@@ -333,7 +339,7 @@ def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
             axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "not known:\nsee status", transform=axes.transAxes, ha="center", va="center")
     panels[0].axhline(0.0, color=BLACK, linewidth=0.5)
-    panels[0].set_ylabel(f"per unit time (one step = lr),\nmean of {window} steps")
+    panels[0].set_ylabel(_rate(window))
 
 
 def _predictions(history: History | pd.DataFrame) -> list[Prediction]:
@@ -405,6 +411,11 @@ def _legend_below(figure: Any, axes: Axes) -> None:
 def _label(name: str) -> str:
     """A layer's name for the legend, from which Matplotlib leaves out what begins with an underscore."""
     return f" {name}" if name.startswith("_") else name
+
+
+def _rate(window: int) -> str:
+    """The label of an axis of moving averages, whose first windows are not full."""
+    return f"nats per unit time (step = lr),\nmean of \N{LESS-THAN OR EQUAL TO} {window} monitored steps"
 
 
 def _window(frame: pd.DataFrame) -> int:

@@ -173,22 +173,25 @@ def _figure(frame: pd.DataFrame, context: Context) -> Figure:
 
     window = max(1, context["window"] // context["every"])
     network = training.network(frame)
-    window = min(window, max(1, len(network) // 5))
     with style():
-        figure = Figure(figsize=(7.0, 6.2), layout="constrained")
-        panels = figure.subplots(3, 2)
+        figure = Figure(figsize=(7.0, 6.4), layout="constrained")
+        panels = figure.subplots(3, 2, sharex=True)
+        figure.suptitle(f"All but the last panel: means of up to {context['window']} steps", fontsize=8)
 
         def draw(axes, rows, column, **look):  # type: ignore[no-untyped-def]
-            mean = np.convolve(rows[column], np.full(window, 1 / window), mode="valid")
-            axes.plot(rows["step"].to_numpy()[window - 1 :], mean, **look)
+            axes.plot(rows["step"], moving_average(rows[column], window), **look)
 
         names = [n for n in frame["layer"].unique() if n != training.NETWORK]
-        titles = {"mu": "drift $\\mu$", "kappa": "noise curvature $\\kappa$", "lambda_sq": "noise $\\lambda^2$"}
-        for axes, (column, title) in zip((panels[0, 0], panels[0, 1], panels[1, 0]), titles.items(), strict=True):
+        titles = {
+            "mu": ("drift $\\mu$", "nats per unit time"),
+            "kappa": ("noise curvature $\\kappa$", "nats per unit time"),
+            "lambda_sq": ("noise $\\lambda^2$", "nats$^2$ per unit time"),
+        }
+        for axes, (column, (title, unit)) in zip(panels.flat[:3], titles.items(), strict=True):
             for name, (color, dash) in zip(names, LINES, strict=False):
                 draw(axes, frame[frame["layer"] == name], column, color=color, linestyle=dash, label=name)
             draw(axes, network, column, color=BLACK, linewidth=2.2, alpha=0.4, label="network")
-            axes.set(title=f"{title} per unit time")
+            axes.set(title=title, ylabel=unit)
             if column != "mu":
                 axes.set_yscale("log")
         for column, label, color, dash in (
@@ -198,11 +201,11 @@ def _figure(frame: pd.DataFrame, context: Context) -> Figure:
             ("kappa_cov", "covariance part of $\\kappa$", VERMILION, "-."),
         ):
             draw(panels[1, 1], network, column, color=color, linestyle=dash, label=label)
-        panels[1, 1].set(title="network: parts, per unit time")
+        panels[1, 1].set(title="parts, network", ylabel="nats, nats$^2$ per unit time")
         panels[1, 1].set_yscale("symlog", linthresh=float(np.nanmedian(np.abs(network["kappa_var"]))))
         panels[1, 1].legend()
         panels[2, 0].semilogy(network["step"], network["loss"], color=BLACK)
-        panels[2, 0].set(title=f"loss, mean of up to {context['window']} steps", xlabel="optimiser step")
+        panels[2, 0].set(title="loss", ylabel="nats", xlabel="optimiser step")
         _cumulated(panels[2, 1], network)
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=6, handlelength=3)
@@ -210,7 +213,7 @@ def _figure(frame: pd.DataFrame, context: Context) -> Figure:
 
 
 def _cumulated(axes, network: pd.DataFrame) -> None:  # type: ignore[no-untyped-def]
-    """What each force has added to log K so far."""
+    """The integral of each force so far, beside the change of log K."""
     from lipdyn_torch.experiments.figures import BLACK, BLUE, GREEN, VERMILION
 
     axes.plot(
@@ -219,17 +222,21 @@ def _cumulated(axes, network: pd.DataFrame) -> None:  # type: ignore[no-untyped-
         color=BLACK,
         linewidth=2.4,
         alpha=0.35,
-        label="log K, observed change",
+        label="change of log K",
     )
-    for name, color, dash in (("mu", BLUE, "-."), ("kappa", VERMILION, "--"), ("lambda_sq", GREEN, ":")):
+    for name, symbol, color, dash in (
+        ("mu", "$\\mu$", BLUE, "-."),
+        ("kappa", "$\\kappa$", VERMILION, "--"),
+        ("lambda_sq", "$\\lambda^2$ (nats$^2$)", GREEN, ":"),
+    ):
         axes.plot(
             network["step"],
             (network["weight"] * network[name]).cumsum(),
             color=color,
             linestyle=dash,
-            label=f"integral of {name}",
+            label=f"integral of {symbol}",
         )
-    axes.set(title="what has been added (nats)", xlabel="optimiser step")
+    axes.set(title="integrals of the network's forces, and log K", ylabel="nats", xlabel="optimiser step")
     low, high = axes.get_ylim()
     axes.set_ylim(low, low + 1.5 * (high - low))  # room for the legend
     axes.legend(loc="upper left", ncols=2)

@@ -195,7 +195,7 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
     if ratios:
         title = f"Kernels on {context['image']} x {context['image']} images, zero padding: matrix against operator"
         tables.append(Table(title, ["kernel", "scheme", "as a matrix", "as an operator", "ratio"], ratios))
-    return Summary(tables, {"initialisation": _figure(lines)}, _claims(lines, ratios))
+    return Summary(tables, {"initialisation": _figure(lines)}, _claims(lines, ratios), data="random weights")
 
 
 def _claims(lines: list[list], ratios: list[list]) -> list[Claim]:

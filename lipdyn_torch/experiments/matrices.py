@@ -24,11 +24,12 @@ from lipdyn_torch.experiments.registry import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["EXPERIMENTS", "SHAPE", "autograd", "draw"]
+__all__ = ["EXPERIMENTS", "FROM_ONE", "RANDOM", "SHAPE", "autograd", "draw"]
 
 SHAPE = (6, 10)
 DISTRIBUTIONS = {"normal": "N(0, 1)", "uniform": "U(0, 1)", "beta": "Beta(2, 5)"}
 PARAMETERS = {"distributions": list(DISTRIBUTIONS), "shape": list(SHAPE)}
+FROM_ONE, RANDOM = "k from 1, as in the paper", "random matrices"
 AGREES = 1e-9  # relative to the largest entry; float64 autograd itself loses digits when a gap is small
 
 
@@ -101,14 +102,15 @@ def _summarise(order: int) -> Any:
             f"largest difference from autograd {worst:.1e} of the largest entry",
             CONFIRMED if worst < AGREES else CONTRADICTED,
         )
-        table = Table(f"Largest entry-wise difference from autograd, {name} of sigma_k", columns, lines, note)
-        return Summary([table], {name.lower(): _figure(rows, order)}, [claim])
+        title = f"Largest entry-wise difference from autograd, {name} of sigma_k ({FROM_ONE})"
+        table = Table(title, columns, lines, note)
+        return Summary([table], {name.lower(): _figure(rows, order)}, [claim], data=RANDOM)
 
     return summarise
 
 
 def _figure(rows: list[Row], order: int) -> Figure:
-    """Ours above autograd, one column per k; one colour scale per pair, printed above it."""
+    """Ours above autograd, one column per k; one colour scale per pair, its end printed above it."""
     from matplotlib.figure import Figure
 
     from lipdyn_torch.experiments.figures import style
@@ -117,6 +119,8 @@ def _figure(rows: list[Row], order: int) -> Figure:
     ks = sorted({row["k"] for row in rows})
     with style():
         figure = Figure(figsize=(7.0, 4.6 if order == 1 else 8.2), layout="constrained")
+        name = "Jacobian" if order == 1 else "Hessian"
+        figure.suptitle(f"{name} of $\\sigma_k$, {FROM_ONE}; ± the end of the colour scale", fontsize=8)
         axes = figure.subplots(2 * len(distributions), len(ks), squeeze=False)
         for row in rows:
             line, column = 2 * distributions.index(row["distribution"]), ks.index(row["k"])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lipdyn_torch._bridge import specpert
 from lipdyn_torch.experiments.frames import groups
-from lipdyn_torch.experiments.matrices import DISTRIBUTIONS, autograd, draw
+from lipdyn_torch.experiments.matrices import DISTRIBUTIONS, FROM_ONE, RANDOM, autograd, draw
 from lipdyn_torch.experiments.registry import (
     CONFIRMED,
     CONTRADICTED,
@@ -158,7 +158,8 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
         for k, part in groups(hessian, "k")
     ]
     columns = ["k", "Hessians", "median", "largest", "median, relative", "largest, relative"]
-    first = Table("Error of the Hessian: largest entry-wise difference from autograd", columns, lines)
+    title = f"Error of the Hessian of sigma_k ({FROM_ONE}): largest entry-wise difference from autograd"
+    first = Table(title, columns, lines)
     lines = [
         [
             str(int(n)),
@@ -173,7 +174,8 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
     columns = ["order", "cases", "ours, median", "ours, largest", "published, median", "published, smallest"]
     note = "Directional derivatives against mpmath; relative errors."
     second = Table("Orders 3 to 6 along a random direction", columns, lines, note)
-    return Summary([first, second], {"hessian-errors": _figure(hessian, series)}, _claims(hessian, series))
+    figures, claims = {"hessian-errors": _figure(hessian, series)}, _claims(hessian, series)
+    return Summary([first, second], figures, claims, data=RANDOM)
 
 
 def _claims(hessian, series) -> list[Claim]:  # type: ignore[no-untyped-def]
@@ -206,7 +208,7 @@ def _figure(hessian, series) -> Figure:  # type: ignore[no-untyped-def]
         left.boxplot(errors, whis=(0, 100), medianprops={"color": VERMILION})
         left.set(
             yscale="log",
-            xlabel="k",
+            xlabel=FROM_ONE,
             ylabel="largest difference / largest entry",
             title="Hessian of $\\sigma_k$ against autograd",
         )

@@ -70,12 +70,13 @@ class Claim:
 
 @dataclass
 class Summary:
-    """What is printed and drawn from the rows."""
+    """What is printed and drawn from the rows; ``data`` names what they were made from, if not the data asked for."""
 
     tables: list[Table] = field(default_factory=list)
     figures: dict[str, Figure] = field(default_factory=dict)
     claims: list[Claim] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    data: str | None = None
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,8 @@ def format_value(value: Any) -> str:
 
 def markdown(job: Job, summary: Summary) -> str:
     """The summary of one experiment."""
-    settings = (
-        f"preset {job.context.preset}, data {job.context.data}, device {job.context.device}, seed {job.context.seed}"
-    )
+    data = summary.data or job.context.data
+    settings = f"preset {job.context.preset}, data {data}, device {job.context.device}, seed {job.context.seed}"
     parts = [f"# {job.experiment.name}: {job.experiment.title}", f"`{settings}`"]
     parts += [_markdown_table(table) for table in summary.tables]
     if summary.claims:

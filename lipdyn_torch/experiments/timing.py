@@ -181,7 +181,7 @@ def _summarise(rows: list[Row], context: Context) -> Summary:
         f"({where}, the full gradient not counted); with per-sample gradients written the obvious way "
         f"{lines[3][4]:.1f} hours, {ratio:.1f} times as long."
     ]
-    return Summary([table], {"timing": _figure(frame)}, notes=notes)
+    return Summary([table], {"timing": _figure(frame)}, notes=notes, data=rows[0]["data"])
 
 
 def _figure(frame: Any) -> Figure:

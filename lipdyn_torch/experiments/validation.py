@@ -165,31 +165,41 @@ def _notes(context: Context) -> list[str]:
 
 
 def _figure(parts: dict[str, pd.DataFrame], context: Context) -> Figure:
+    """Every configuration's log K, its first steps in an inset, above errors too small to be seen in it."""
     from matplotlib.figure import Figure
 
     from lipdyn_torch.experiments.figures import BLACK, BLUE, GREEN, VERMILION, style
 
     lines = {"sde_batch": (VERMILION, "--"), "sde_full": (GREEN, (0, (1, 1))), "path2": (BLUE, "-.")}
     with style():
-        figure = Figure(figsize=(7.0, 8.6), layout="constrained")
-        panels = figure.subplots(4, 2)
-        for axes, (name, part) in zip(panels.flat, parts.items(), strict=True):
+        figure = Figure(figsize=(7.0, 11.0), layout="constrained")
+        panels = figure.subplots(8, 2, sharex=True, height_ratios=[1.6, 1.0] * 4)
+        above, below = panels[::2], panels[1::2]
+        for axes, under, (name, part) in zip(above.flat, below.flat, parts.items(), strict=True):
             first = part[part["step"] <= context["inset"]]
-            inset = axes.inset_axes((0.07, 0.55, 0.38, 0.38))
+            inset = axes.inset_axes((0.03, 0.52, 0.36, 0.42))
             for where, rows in ((axes, part), (inset, first)):
                 where.plot(rows["step"], rows["observed"], color=BLACK, linewidth=2.4, alpha=0.35, label="observed")
                 for key, (color, dash) in lines.items():
                     where.plot(rows["step"], rows[key], color=color, linestyle=dash, label=CURVES[key])
-            inset.set(xticks=[0, context["inset"]], yticks=[])
-            inset.tick_params(labelsize=5, pad=1)
+            inset.set(xticks=[0, context["inset"]])
+            inset.yaxis.tick_right()
+            inset.locator_params(axis="y", nbins=3)
+            inset.tick_params(labelsize=5, pad=1, length=2)
             inset.spines[:].set_visible(True)
             axes.set(title=REGULARISERS[name].title)
             low, high = axes.get_ylim()
             axes.set_ylim(low, high + 0.55 * (high - low))  # room for the inset
+            errors = {key: (part[key] - part["observed"]).abs().iloc[1:] for key in lines}
+            for key, (color, dash) in lines.items():
+                under.plot(part["step"].iloc[1:], errors[key], color=color, linestyle=dash)
+            top = max(float(error.max()) for error in errors.values()) or 1.0
+            under.set(yscale="log", ylim=(1e-7 * top, 10 * top))  # below that is rounding
         for axes in panels[-1]:
             axes.set_xlabel("optimiser step")
-        for axes in panels[:, 0]:
+        for axes, under in zip(above[:, 0], below[:, 0], strict=True):
             axes.set_ylabel("log K (nats)")
+            under.set_ylabel("|predicted -\nobserved| (nats)")
         handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, handlelength=3)
     return figure

@@ -66,6 +66,8 @@ def test_derivatives_agree_with_autograd(one_run, name):
     ((_, summary),) = one_run(name)
     (table,) = summary.tables
     assert [row[0] for row in table.rows] == list("123456")
+    assert "k from 1, as in the paper" in table.title
+    assert "k from 1, as in the paper" in summary.figures[name].get_suptitle()
     assert max(value for row in table.rows for value in row[1:]) < 1e-11
     assert summary.claims[0].verdict == registry.CONFIRMED
 
@@ -101,6 +103,33 @@ def test_every_claim_gets_a_verdict_and_second_order_is_close(one_run):
     assert len(largest) == 8
     assert all(math.isfinite(v) for row in largest for v in row[1:])
     assert max(row[5] for row in largest) < 1e-3
+
+
+def test_the_errors_of_the_validation_are_drawn(one_run):
+    ((job, summary),) = one_run("validation")
+    panels = summary.figures["validation"].get_axes()
+    titles = [axes.get_title() for axes in panels]
+    rows = job.folder.rows(["none"])
+    want = [abs(row["path2"] - row["observed"]) for row in rows[1:]]
+    below = panels[titles.index("no regulariser") + 2]  # two configurations side by side
+    assert below.get_lines()[2].get_ydata() == pytest.approx(want, abs=1e-15)
+    insets = [inset for axes in panels for inset in axes.child_axes]
+    assert len(insets) == 8
+    assert all(len(inset.get_yticks()) for inset in insets)
+
+
+def test_panels_near_convergence_have_one_start_and_labels(one_run):
+    ((_, summary),) = one_run("near-convergence")
+    for axes in summary.figures["near-convergence"].get_axes():
+        assert axes.get_ylabel()
+        assert {line.get_xdata()[0] for line in axes.get_lines()} == {0}
+    assert all("lambda_sq" not in text.get_text() for text in axes.get_legend().get_texts())
+
+
+@pytest.mark.parametrize(("name", "made_from"), [("timing", "random pixels"), ("jacobian", "random matrices")])
+def test_the_summary_names_the_data_it_was_made_from(one_run, tmp_path, name, made_from):
+    one_run(name)
+    assert f"`preset quick, data {made_from}, device cpu, seed 0`" in (tmp_path / name / "summary.md").read_text()
 
 
 def test_exact_mixture_of_labels(one_run):

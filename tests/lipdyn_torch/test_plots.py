@@ -125,6 +125,28 @@ def test_log_k_and_the_band():
     assert edge[:, 1].max() == pytest.approx((prediction.predicted + prediction.half_width).max())
 
 
+def test_the_legend_names_the_band_where_it_can_be_seen():
+    rows = history().rows
+    narrow = History([{**row, "lambda_sq": 1e-9 * row["lambda_sq"]} for row in rows], history().meta)
+    for case, named in ((history(), True), (narrow, False)):
+        axes = plots.log_k_figure(case).get_axes()[0]
+        assert any("1 sd" in text.get_text() for text in axes.get_legend().get_texts()) == named
+
+
+def test_the_error_of_the_sde_says_what_it_leaves_out():
+    _, axes = plots.log_k_figure(history()).get_axes()
+    assert f"{SDE}\n(no curvature along it)" in [line.get_label() for line in axes.get_lines()]
+
+
+@pytest.mark.parametrize("draw", [plots.summary_figure, plots.split_figure], ids=lambda f: f.__name__)
+def test_moving_averages_say_their_unit_and_that_the_first_are_short(draw):
+    figure = draw(history(steps=80))
+    panels = (figure.subfigs[1] if draw is plots.summary_figure else figure).get_axes()
+    labels = [axes.get_ylabel() for axes in panels]
+    assert all("per unit time" in label for label in labels)
+    assert labels[0].endswith("mean of ≤ 2 monitored steps")
+
+
 def stacked(figure) -> tuple[np.ndarray, dict[str, list]]:
     """The observed line, and the vertical extent of every area at the last step."""
     axes = figure.get_axes()[0]
