@@ -158,7 +158,14 @@ class History:
 
 def as_frame(history: History | pd.DataFrame) -> pd.DataFrame:
     """The table of a history; a table as it is."""
-    return history.to_pandas() if isinstance(history, History) else history
+    if isinstance(history, History):
+        return history.to_pandas()
+    if not (hasattr(history, "columns") and hasattr(history, "attrs")):
+        raise TypeError(
+            f"expected a History, such as monitor.history or read_history(path), or its table, got "
+            f"{type(history).__name__}"
+        )
+    return history
 
 
 class JsonLinesSink:

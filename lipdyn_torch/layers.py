@@ -358,7 +358,8 @@ def unsupported_reason(module: nn.Module, rule: LayerRule | None = None) -> str 
     read = {path for part in rule.parts(module) for path in rule.parameters(module, part)}
     if type(module) not in _RULES and rule is find_rule(module):  # a subclass may use more than its base does
         others = ((name, p) for name, p in module.named_parameters(recurse=False) if name not in read)
-        own = [name for name, p in others if sum(size > 1 for size in p.shape) > 1]
+        known = ((name, p) for name, p in others if not isinstance(p, nn.parameter.UninitializedParameter))
+        own = [name for name, p in known if sum(size > 1 for size in p.shape) > 1]
         if own:
             return f"has matrices that {type(rule).__name__} does not read ({', '.join(own)}): register a rule for it"
     for part in rule.parts(module):

@@ -115,8 +115,9 @@ class LipschitzMonitor:
         `report` says how each of its modules is read. Weights that are frozen have rows with sigma only; weights
         of another optimiser are left out. What `torch.compile` returned runs uncompiled on measured steps.
     optimizer : torch.optim.Optimizer
-        Drift and noise are those of the long run of `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop`
-        (`lipdyn_torch.optimizers`); for others they are NaN. Changes along the path are right for every optimiser.
+        The one that makes the steps, or what accelerate wraps around it. Drift and noise are those of the long run of
+        `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` (`lipdyn_torch.optimizers`); for others they are NaN. Changes
+        along the path are right for every optimiser.
     every : int or "auto"
         Measure every so many steps, or as often as ``budget`` allows; between them the hooks do nothing.
     budget : float
@@ -134,8 +135,9 @@ class LipschitzMonitor:
     dataset_size : int, optional
         Number of samples of an epoch, for the bands with "shuffle".
     batch_dim : int or mapping of str to int, optional
-        Axis of the samples in the inputs of `torch.nn.Linear` and `torch.nn.Embedding`, for all or by module name. By
-        default the first; in torch's own transformer layers made with ``batch_first=False`` the second.
+        Axis of the samples in the inputs of `torch.nn.Linear` and `torch.nn.Embedding` that have more axes than that,
+        for all or by module name. By default the first; in torch's own transformer layers made with
+        ``batch_first=False`` the second. Give 1 for a recurrent net whose data has time first.
     reference : callable, optional
         Another mean gradient to take a drift of, column ``mu_ref``: ``reference(model)`` gives gradients by
         parameter name, `lipdyn_torch.reference.MeanGradient` for example (theory 2.7).

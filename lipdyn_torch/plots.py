@@ -87,7 +87,7 @@ def summary_figure(history: History | pd.DataFrame, context: str = "paper") -> F
     --------
     >>> row = {"lr": 0.1, "batch": 4, "mu": 1.0, "kappa": 0.1, "lambda_sq": 0.2, "dz": 0.1, "dz2": 0.1, "dz3": 0.1}
     >>> rows = [row | {"step": k, "layer": name, "z": k / 10} for k in (0, 1) for name in ("fc", "network")]
-    >>> figure = summary_figure(History(rows))
+    >>> figure = summary_figure(History(rows, {"sampling": "iid"}))
     >>> [axes.get_title() for axes in figure.get_axes()[:2]]
     ['Lipschitz bound of the network', 'Error of the predictors']
     """

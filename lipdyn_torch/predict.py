@@ -9,6 +9,7 @@ of independent batches) it is a prediction at the visited weights. `forecast` fr
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,6 +47,10 @@ __all__ = [
 
 #: Where the drift comes from, the name says (theory 2.7).
 SDE = "SDE, batch gradient"
+NO_SIZE = (
+    "expected dataset_size for the band of epochs in shuffled order, got None: the band is NaN; give it to the monitor "
+    "(or here), or say sampling='iid'"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Prediction:
     step : array (n + 1,)
         Number of optimiser steps taken.
     predicted, observed : array (n + 1,)
-        log K, or log sigma of one layer (natural logarithm, dimensionless).
+        log K, or log sigma of one layer (natural logarithm: nats).
     half_width : array (n + 1,)
         Half the band's width in the same unit: one standard deviation for `sde` and `forecast`, the certified bound
         of the error for `pathwise` (infinite once a step was longer than the certificate reaches); NaN where unknown.
@@ -157,7 +162,7 @@ def sde(
     sampling : {"iid", "shuffle"}, optional
         How batches are drawn; decides the band (theory 2.10). Default: what the monitor was told.
     dataset_size : int, optional
-        Number of samples of an epoch, needed for the band with "shuffle"; without it the band is NaN.
+        Number of samples of an epoch, needed for the band with "shuffle"; without it the band is NaN, with a warning.
 
     Examples
     --------
@@ -291,6 +296,7 @@ def _path(
     if sampling == "iid":
         variance = diffusion_variance(v)
     elif dataset_size is None:
+        warnings.warn(NO_SIZE, stacklevel=3)
         variance = np.full(len(v) + 1, np.nan)
     else:
         batch = np.repeat(rows["batch"].to_numpy(float), repeat)

@@ -140,6 +140,11 @@ def _check(found: Survey, model: nn.Module, optimizer: Optimizer) -> None:
             f"expected a model with at least one Linear or convolution layer, got {described}; "
             "teach the monitor your layer with lipdyn_torch.layers.register_rule"
         )
+    if found.watches:
+        raise UnownedParametersError(
+            f"expected a weight that is trained, got {type(model).__name__} whose weights "
+            f"({', '.join(watch.name for watch in found.watches[:8])}) are all frozen; turn requires_grad on first"
+        )
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     raise UnownedParametersError(
         f"expected an optimizer that trains a layer of the model, got {type(optimizer).__name__} with "

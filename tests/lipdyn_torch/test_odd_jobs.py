@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lipdyn_torch import LipschitzMonitor, NoSupportedLayerError, moments, pathwise, sde
+from lipdyn_torch import LipschitzMonitor, NoSupportedLayerError, UnownedParametersError, moments, pathwise, sde
 from lipdyn_torch.dynamics import bridge_variance, epoch_means
 from lipdyn_torch.layers import _RULES, register_rule
 from lipdyn_torch.low_rank import LowRankSumRule
@@ -752,6 +752,15 @@ def test_what_is_refused_at_once():
             LipschitzMonitor(model, sgd(model), sinks=sinks)
     with pytest.raises(TypeError, match=r"expected reference\(model\) to give gradients, got 5"):
         LipschitzMonitor(model, sgd(model), reference=5)
+    model.requires_grad_(False)
+    with pytest.raises(UnownedParametersError, match=r"got Sequential whose weights \(0, 2\) are all frozen; turn"):
+        LipschitzMonitor(model, sgd(model))
+
+
+def test_a_weight_without_a_shape_yet_is_skipped():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with LipschitzMonitor(model, sgd(model)) as monitor:
+        assert monitor.skipped == {"0": "its weight has no shape yet; run one forward pass first"}
 
 
 @pytest.mark.parametrize("kind", ["full", "independent"])

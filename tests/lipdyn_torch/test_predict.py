@@ -205,7 +205,21 @@ def test_shuffled_band_closes_at_the_end_of_an_epoch(mlp_case):
     shuffled, independent = sde(monitor.history), sde(monitor.history, sampling="iid")
     assert shuffled.half_width[5] < 0.5 * independent.half_width[5]
     assert 0 < shuffled.half_width[3] < independent.half_width[3]
-    assert np.isnan(sde(monitored(mlp_case, steps=2).history).half_width).all()
+    history = monitored(mlp_case, steps=2).history
+    for function in (sde, lambda history: moments(history, gradient="batch")):
+        with pytest.warns(
+            UserWarning, match="dataset_size for the band of epochs in shuffled order, got None"
+        ):
+            found = function(history)
+    assert np.isnan(found.z_sd).all()
+    with pytest.warns(UserWarning, match="expected dataset_size"):
+        assert np.isnan(sde(history).half_width).all()
+
+
+@pytest.mark.parametrize("given", ["history.jsonl", [1, 2], None])
+def test_what_is_no_history(given):
+    with pytest.raises(TypeError, match=r"expected a History, such as monitor.history .*, got (str|list|NoneType)"):
+        sde(given)
 
 
 def test_unmonitored_steps_hold_the_last_terms(mlp_case):
@@ -307,7 +321,7 @@ def test_figure_without_noise_terms(mlp_case, tmp_path):
     """With momentum only the path is known; the figure is drawn all the same."""
     model = mlp_case.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    with LipschitzMonitor(model, optimizer) as monitor:
+    with LipschitzMonitor(model, optimizer, dataset_size=35) as monitor:
         for step in range(5):
             mlp_case.step(model, optimizer, step)
     monitor.plot().savefig(tmp_path / "figure.png")
