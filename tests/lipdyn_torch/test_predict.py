@@ -207,9 +207,7 @@ def test_shuffled_band_closes_at_the_end_of_an_epoch(mlp_case):
     assert 0 < shuffled.half_width[3] < independent.half_width[3]
     history = monitored(mlp_case, steps=2).history
     for function in (sde, lambda history: moments(history, gradient="batch")):
-        with pytest.warns(
-            UserWarning, match="dataset_size for the band of epochs in shuffled order, got None"
-        ):
+        with pytest.warns(UserWarning, match="dataset_size for the band of epochs in shuffled order, got None"):
             found = function(history)
     assert np.isnan(found.z_sd).all()
     with pytest.warns(UserWarning, match="expected dataset_size"):
