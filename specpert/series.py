@@ -35,7 +35,7 @@ from specpert._operators import Operator
 from specpert._recursion import Vectors, extend, products, value_coefficients
 from specpert.certificate import Certificate
 from specpert.prepare import prepare
-from specpert.result import Status
+from specpert.result import NonFiniteError, Status
 from specpert.triplet import SingularTriplet
 
 
@@ -132,8 +132,11 @@ class SigmaSeries:
         return self._certificate.remainder(x, self.order)
 
     def __call__(self, x: Any) -> Array:
-        """Sum of the series at x, a real number or a real array that broadcasts with the stack."""
-        return scalar(self._scaled(self._certificate.argument(x)))
+        """Sum of the series at x, a finite real number or a real array that broadcasts with the stack."""
+        argument, xp = self._certificate.argument(x), namespace(self.coefficients)
+        if not bool(xp.all(xp.isfinite(argument))):
+            raise NonFiniteError("expected x to be finite, got NaN or inf")
+        return scalar(self._scaled(argument))
 
     def __repr__(self) -> str:
         return f"SigmaSeries(coefficients={self.coefficients}, gap={self.gap}, {self.status.name})"

@@ -65,6 +65,8 @@ TABLE = [
     ),
     ("layer", lambda: sigma_gradient(torch.nn.Linear(3, 4)), TypeError, r"got Linear; give A\.weight"),
     ("nothing", lambda: sigma_gradient(None), TypeError, "expected A to be an array of numbers, got NoneType"),
+    ("argument", lambda: sigma_series(A, H, 2)(np.inf), NonFiniteError, "expected x to be finite, got NaN or inf"),
+    ("arguments", lambda: sigma_series(A, H, 2)(np.array([0.1, np.nan])), NonFiniteError, "expected x to be finite"),
     ("zeros", lambda: sigma_gradient(np.zeros((2, 3))), ZeroSingularValueError, "above zero, got zeros alone: "),
     (
         "zeros_in_a_stack",
