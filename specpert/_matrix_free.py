@@ -23,7 +23,7 @@ from specpert._isolation import isolation
 from specpert._operators import Operator, as_operator, is_operator
 from specpert._resolvent import Resolvent, SmallSideResolvent
 from specpert._solvers import IterativeSolver
-from specpert._top import top_of_gram
+from specpert._top import NOISE, top_of_gram
 from specpert.result import (
     NonFiniteError,
     ZeroSingularValueError,
@@ -68,8 +68,8 @@ def by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float | 
     v /= sigma
     residual = float(np.linalg.norm(first(v) - sigma * u))
     xp, _ = as_arrays(u, names=["u"])
-    s = np.sqrt(np.maximum(np.append(w, following), 0.0))
-    s[index] = sigma
+    s = np.sqrt(np.maximum(np.append(w - NOISE * w[0], following), 0.0))
+    s[index], s[-1] = sigma, min(float(s[-1]), sigma)
     tol = 10 * max(m, n) * float(np.finfo(float).eps) if gap_tol is None else gap_tol
     gap, status = isolation(s, (index,), True, False, tol, xp)
     margin = np.asarray(10 * max(m, n) * float(np.finfo(float).eps) * s[0] + residual)

@@ -18,6 +18,7 @@ from specpert.result import ConvergenceError
 # were measured for matrices with a large mean, a tenth is usual.
 SINGLE_ERROR = 2.0
 SINGLE_FROM = 1e-6  # the least relative accuracy for which single precision is thought of at all
+NOISE = 8 * float(np.finfo(float).eps)  # what products with K leave of an eigenvalue zero, relative to the largest
 #: Makes a start vector (r, 1) from K.
 Start = Callable[[np.ndarray], np.ndarray]
 
@@ -226,12 +227,15 @@ def top_of_gram(
     """
     # ARPACK's vectors of one complex value with several copies need not be orthogonal
     w, X = _ritz(gram, _lanczos(gram, size, count, start, dtype, 0.0)[1], count)
-    for _ in range(2 * count + 3):
-        x, upper = _next_of_gram(gram, size, w, X, dtype)
-        if upper <= w[-1] * (1 + 1e-8):
-            break
+    for attempt in range(2 * count + 3):
+        x, value, upper = _next_of_gram(gram, size, w, X, dtype, 1 + attempt)
+        if value <= w[-1] * (1 + 1e-8):
+            return w, X, upper
         w, X = _ritz(gram, np.column_stack([X, x]), count)
-    return w, X, min(upper, float(w[-1]))
+    raise ConvergenceError(
+        f"expected Lanczos to find the {count} largest singular values, got others above them time and again; use a "
+        "dense array with method='svd'"
+    )
 
 
 def _ritz(gram: Product, X: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -241,26 +245,41 @@ def _ritz(gram: Product, X: np.ndarray, count: int) -> tuple[np.ndarray, np.ndar
     return values[::-1][:count], basis @ S[:, ::-1][:, :count]
 
 
-def _next_of_gram(gram: Product, size: int, w: np.ndarray, X: np.ndarray, dtype: Any) -> tuple[np.ndarray, float]:
-    """Vector and upper estimate of the largest eigenvalue of K on the complement of X."""
+def _next_of_gram(
+    gram: Product, size: int, w: np.ndarray, X: np.ndarray, dtype: Any, seed: int
+) -> tuple[np.ndarray, float, float]:
+    """Vector and value of the largest eigenvalue of K on the complement of X, and an upper estimate of that.
+
+    What a random start can have hidden by its small share in a vector, about 1 / sqrt(size), is added. All tolerances
+    are relative to the largest value w_0, which K knows no value better than.
+    """
 
     def deflated(x: np.ndarray) -> np.ndarray:
         y = gram(x - X @ (X.conj().T @ x))
         return y - X @ (X.conj().T @ y)
 
-    start = np.random.default_rng(1).standard_normal((size, 1)).astype(dtype)
+    top, unit, hidden = float(w[0]), float(np.finfo(float).eps), 2 * size**0.5
+    rounding = NOISE * top
+    # another start each time: the part of this one that is found, and added to X, says nothing of what else there is
+    start = np.random.default_rng(seed).standard_normal((size, 1)).astype(dtype)
     start = start - X @ (X.conj().T @ start)
-    rounding = 100 * size * float(np.finfo(float).eps) * float(w[0])
-    if float(np.linalg.norm(deflated(start))) <= rounding * float(np.linalg.norm(start)):
-        return start[:, 0], 0.0
-    vector, upper = start[:, 0], 0.0
-    for tolerance in (1e-3, 0.0):
-        (value,), x = _lanczos(deflated, size, 1, vector, dtype, tolerance)
-        upper = float(value) + float(np.linalg.norm(deflated(x) - value * x))
-        vector = x[:, 0]
-        if w[-1] - upper > 0.1 * (w[-1] - value):
+    start /= np.linalg.norm(start)
+    if float(np.linalg.norm(deflated(start))) <= rounding:
+        return start[:, 0], 0.0, hidden * rounding
+    vector, value, upper = start, 0.0, math.inf
+    for tolerance in (1e-3, 1e-6, unit):
+        try:
+            _, x = _lanczos(lambda y: deflated(y) + top * y, size, 1, vector[:, 0], dtype, tolerance)
+        except ConvergenceError:
+            if upper < w[-1]:  # a rough bound, but one
+                break
+            raise
+        value, residual = _rayleigh(deflated, x)
+        upper = value + float(np.linalg.norm(residual)) + hidden * tolerance * (top + value) + rounding
+        vector = x + start
+        if w[-1] - upper > 0.99 * (w[-1] - value):
             break
-    return vector, max(upper, 0.0)
+    return x[:, 0], value, upper
 
 
 def _lanczos(

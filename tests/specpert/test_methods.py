@@ -499,6 +499,42 @@ def test_lanczos_finds_all_copies_of_a_value_above(copies, complex_):
     assert singular_triplet(diagonal, k=copies).sigma == pytest.approx(2.0, rel=1e-14)
 
 
+@pytest.mark.parametrize("copies", [3, 4, 6])
+def test_no_copy_of_a_value_above_is_missed(copies):
+    """Else the index would be that of another value, with vectors that give no sign of it."""
+    for seed in range(30):
+        s = np.sort(np.random.default_rng(seed).uniform(0.05, 1.0, 80))[::-1]
+        s[:copies] = s[copies - 1]
+        assert singular_triplet(sparse.diags_array(s).tocsr(), k=copies).sigma == pytest.approx(s[copies], rel=1e-12)
+    for lowest in (0.9, 0.95, 0.99, 0.999):
+        s = np.r_[np.ones(copies), np.linspace(lowest, 0.1, 60)]
+        assert singular_triplet(sparse.diags_array(s).tocsr(), k=copies).sigma == pytest.approx(lowest, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", [*range(20), 22, 566, 692])
+def test_the_gap_of_a_sparse_array_is_never_too_large(seed):
+    s = np.sort(np.random.default_rng(seed).uniform(0.05, 1.0, 130))[::-1]
+    for k in (0, 1):
+        gap = min([s[k] - s[k + 1], *(s[j] - s[k] for j in range(k))])
+        assert 0.98 * gap <= singular_triplet(sparse.diags_array(s).tocsr(), k=k).gap <= gap * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("small", [1e-3, 1e-5, 2e-6, 1e-8, 1e-12])
+def test_small_values_of_sparse_arrays(small):
+    """What the Gram matrix cannot tell from its neighbours, or from zero, is refused."""
+    for values, k in (([1.0, small, small], 1), ([1.0, 0.9, small, small, small], 2), ([1.0, small, small], 2)):
+        A = sparse.csr_array(np.diag([*values, *[0.0] * 60]))
+        with pytest.raises((DegenerateSingularValueError, ZeroSingularValueError)):
+            singular_triplet(A, k=k)
+    gap = singular_triplet(sparse.csr_array(np.diag([1.0, small, *[0.0] * 60]))).gap
+    assert 0.98 <= gap <= 1 - small
+    if small >= 2e-6:
+        A = sparse.csr_array(np.diag([1.0, small, small / 2, *np.zeros(60)]))
+        triplet = singular_triplet(A, k=1)
+        assert triplet.sigma == pytest.approx(small, rel=1e-3)
+        assert 0.4 * small <= triplet.gap <= 0.5 * small * (1 + 1e-3)
+
+
 def test_warm_start_in_an_invariant_subspace():
     rng = np.random.default_rng(0)
     b, c = (sparse.random_array((40, 40), density=0.2, rng=rng) for _ in range(2))
@@ -514,7 +550,7 @@ def test_rank_one_and_bad_adjoints():
     A = sparse.csr_array(np.outer(np.r_[1.0, np.zeros(59)], np.ones(90)))
     triplet = singular_triplet(A)
     assert math.isclose(triplet.sigma, math.sqrt(90), rel_tol=1e-12)
-    assert math.isclose(triplet.gap, math.sqrt(90), rel_tol=1e-9)
+    assert math.isclose(triplet.gap, math.sqrt(90), rel_tol=1e-6)
     wrong = LinearOperator((60, 90), matvec=lambda x: A @ x, rmatvec=lambda y: np.full(90, np.nan), dtype=float)
     with pytest.raises((ConvergenceError, NonFiniteError)):
         singular_triplet(wrong)
