@@ -204,7 +204,9 @@ def of_gram(
             raise
         s = np.linalg.svd(gram.at(dtype).B, compute_uv=False)  # the whole cluster, of which not all is known here
         gap, status = isolation(s, indices, rectangular, cluster, tol, np)
-    margin = np.asarray(10 * max(shape) * float(np.finfo(dtype).eps) * s[0])
+    margin = 10 * max(shape) * float(np.finfo(dtype).eps) * float(s[0])
+    if isinstance(rest, ClusterSolver) and not rest.inner.precise:  # nor are the vectors then of full accuracy
+        margin += float(np.linalg.norm(gram.apply(v) - u * s[:c]))
     if isinstance(rest, np.ndarray):
         # the subspace is less accurate than that of an SVD by s_0 / (s_(c-1) + s_c)
         if cluster and s[c - 1] < 0.1 * s[0]:
@@ -224,7 +226,7 @@ def of_gram(
             mine = SmallSideResolvent(solve.fresh(), products, u, v, s[:c], mirrored=not wide, matrix=matrix)
         return mine if is_numpy(like) else HostResolvent(mine, like, xp)
 
-    s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, margin))
+    s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, np.asarray(margin)))
     return SingularTriplet(index, shape, status, xp, e, s0, P0, Q0, gap, margin, of_series, real, _cluster=cluster)
 
 

@@ -57,9 +57,9 @@ def singular_triplet(
         Default 10 max(m, n) eps, the error of the decomposition itself. A Gram matrix is decomposed in float64; there
         it is at least 10 eps of the precision of the results.
     rtol : float
-        Relative accuracy asked of the isolation distance and of Hessian forms and diagonals. From 1e-6 on, the Gram
-        method may take them from a factorisation in single precision, where the gap is wide enough for that; singular
-        value, vectors and series have full accuracy all the same.
+        Relative accuracy asked of Hessian forms and diagonals. From 1e-6 on, the Gram method may take them from a
+        factorisation in single precision, where the gap is wide enough for that, and the isolation distance may then be
+        1e-4 too small; singular value, vectors and series have full accuracy all the same.
     dtype : dtype, optional
         Precision of the results: A's own (default), or float64 for a float32 matrix that is meant exactly as it is;
         for a complex matrix either name of the precision will do. The Gram method makes no copy of the matrix for that.
