@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lipdyn_torch._bridge import Pair, Spectrum, all_finite
-from lipdyn_torch._hooks import Call, Pass, Watch, failure
+from lipdyn_torch._hooks import Call, Pass, Switch, Watch, failure
 from lipdyn_torch.errors import FactorSizeError
 from lipdyn_torch.layers import Block, working
 from lipdyn_torch.noise import (
@@ -101,7 +102,7 @@ def collect(
     watch: Watch,
     optimizer: Optimizer,
     groups: dict[int, dict[str, Any]],
-    outer: dict[int, int],
+    switch: Switch,
     split: bool,
     reference: Mapping[int, Tensor] | None = None,
     keep_gradients: bool = False,
@@ -112,7 +113,7 @@ def collect(
     owned = [groups.get(id(p)) for p in watch.parameters if p.requires_grad]
     lr = max((float(group["lr"]) for group in owned if group), default=_largest_rate(optimizer))
     caught = Caught(watch, lr, frozen=not watch.trained, lengths=watch.lengths)
-    merged = watch.merged(outer)
+    merged = watch.merged(switch)
     passes = [single for single in merged if single.counted]
     caught.eps = max(watch.eps, *(torch.finfo(p.dtype).eps for p in watch.parameters))
     caught.batch = sum(single.samples for single in passes)
@@ -124,6 +125,10 @@ def collect(
             gradient_of(optimizer, p) if p.requires_grad and p.grad is not None else None for p in watch.parameters
         ]
         caught.still = None not in owned and all(g is None for g in gradients)
+        if merged and not passes and any(g is not None and bool(g.any()) for g in gradients):  # it was added by hand
+            for single in merged:
+                single.counted = True
+            passes, caught.batch = merged, sum(single.samples for single in merged)
         _check(caught, optimizer, owned, passes, gradients)
         if caught.spectrum.triplet is not None and None not in owned:
             _respond(caught, optimizer, groups, gradients, split, reference)
@@ -310,16 +315,23 @@ def _squares(caught: Caught, passes: list[Pass]) -> Tensor | None:
 def _gradients(caught: Caught, passes: list[Pass]) -> Tensor | None:
     """The samples' contributions (M, m, n) themselves, all calls of a pass added up."""
     watch, group = caught.watch, caught.spectrum.group
-    try:
-        check_factor_size((caught.batch, *caught.spectrum.matrix.shape))
-    except FactorSizeError as error:
-        caught.notes.append(f"no factor: {error}")
+    if not _can_be_kept(caught):
         return None
     W = None
     if caught.weights is not None:
         W = watch.rule.matrices(watch.module, watch.part, caught.weights)[group].double()
     samples = torch.stack([G for single in passes for G in _one_by_one(single, group)])
     return samples if W is None else W * samples
+
+
+def _can_be_kept(caught: Caught) -> bool:
+    """Whether the samples' contributions are few enough numbers; else there is a note."""
+    try:
+        check_factor_size((caught.batch, *caught.spectrum.matrix.shape))
+    except FactorSizeError as error:
+        caught.notes.append(f"no factor: {error}")
+        return False
+    return True
 
 
 def _joint_squares(single: Pass, group: int) -> Tensor | None:
@@ -341,15 +353,18 @@ def _one_by_one(single: Pass, group: int) -> Iterator[Tensor]:
         yield torch.stack(parts).sum(0).double()
 
 
-def without_samples(layers: Sequence[Caught]) -> None:
+def without_samples(layers: Sequence[Caught], keep_gradients: bool = False) -> None:
     """Every sample's gradient of a layer without samples is known: it is zero, in a batch of the other layers' size."""
     batch = max((caught.batch for caught in layers), default=0)
     for caught in layers:
         if caught.idle and caught.drift is not None and not caught.problems and batch > 0:
-            zeros = caught.spectrum.matrix.new_zeros
-            p, q = (zeros(batch, length, dtype=torch.float64) for length in caught.spectrum.matrix.shape)
-            squares = None if caught.mean is None else torch.zeros_like(caught.mean)
-            caught.batch, caught.noise = batch, GradientNoise(p, q, squares, caught.mean)
+            caught.batch, shape = batch, caught.spectrum.matrix.shape
+            zeros = partial(caught.spectrum.matrix.new_zeros, dtype=torch.float64)
+            gradients = zeros(batch, *shape) if keep_gradients and _can_be_kept(caught) else None
+            squares = None if caught.mean is None else zeros(*shape)
+            caught.noise = GradientNoise(
+                zeros(batch, shape[0]), zeros(batch, shape[1]), squares, caught.mean, gradients=gradients
+            )
 
 
 def settle(layers: Sequence[Caught]) -> float:

@@ -43,6 +43,13 @@ class Switch:
     discard: Callable[[], None] = lambda: None  # called when gradients seem to be cleared without a step
     backward: int = -1  # the backward pass that was seen last
     outer: dict[int, int] = field(default_factory=dict)  # backward pass inside a checkpoint: the one around it
+    reached: set[int] = field(default_factory=set)  # backward passes that reached any weight that is watched
+
+    def forget(self) -> None:
+        """Drop what belongs to one step."""
+        self.ahead = False
+        self.outer.clear()
+        self.reached.clear()
 
 
 class Call(NamedTuple):
@@ -189,12 +196,13 @@ class Watch:
             self.problems[failure(error)] = None
             return None
 
-    def merged(self, outer: dict[int, int]) -> list[Pass]:
+    def merged(self, switch: Switch) -> list[Pass]:
         """The passes, those inside checkpoints added to the pass around them.
 
         Not counted are those that reached no parameter, such as one of `torch.autograd.grad` for the inputs, where
-        others did.
+        others did: of this layer, or where none did, of any.
         """
+        outer = switch.outer
 
         def root(backward: int) -> int:
             while backward in outer:
@@ -204,7 +212,9 @@ class Watch:
         # where shards are reduced, several passes may reach a parameter at once
         whole_ones = all(local(p) is p for p in self.parameters)
         reached = {root(backward) for backward in self.reached} if whole_ones else set()
-        some = any(root(backward) in reached for backward in self.passes)
+        if whole_ones and not any(root(backward) in reached for backward in self.passes):
+            reached = {root(backward) for backward in switch.reached}
+        some = bool(reached)
         merged: dict[int, Pass] = {}
         for backward, single in self.passes.items():
             backward = root(backward)
@@ -331,8 +341,8 @@ class _OutputHook:
         backward = torch._C._current_graph_task_id()  # tells micro-batches from several uses in one pass
         if self.used:  # retain_graph: the same samples again
             for watch, _ in tap.feeds:
-                samples = tap.rule.samples(tap.module, delta)
-                watch.passes.setdefault(backward, Pass(samples)).retained = True
+                if watch.trained:
+                    watch.passes.setdefault(backward, Pass(tap.rule.samples(tap.module, delta))).retained = True
             return
         if self.outer != -1:
             tap.switch.outer[backward] = self.outer
@@ -359,7 +369,9 @@ class _GradientHook:
             self.switch.ahead = False
         else:
             self.watch.accumulated = True
-            self.watch.reached.add(torch._C._current_graph_task_id())
+            backward = torch._C._current_graph_task_id()
+            self.watch.reached.add(backward)
+            self.switch.reached.add(backward)
             if parameter.grad is not None:
                 gradient = local(parameter.grad.detach())
                 half = gradient.is_floating_point() and gradient.element_size() < 4  # its sum may overflow by itself

@@ -14,12 +14,12 @@ __all__ = ["batch_dims", "check_settings", "check_types", "checked_sinks", "inne
 
 def innermost(optimizer: Any) -> Any:
     """What a wrapper that calls itself an optimiser, but was never made as one, wraps (that of accelerate)."""
-    while isinstance(optimizer, Optimizer) and "defaults" not in vars(optimizer):
+    while isinstance(optimizer, Optimizer) and not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, Optimizer):
+        if not isinstance(inner, Optimizer) or inner is optimizer:
             raise TypeError(
                 f"expected an optimizer made by torch.optim.Optimizer.__init__, got {type(optimizer).__name__} without "
-                "its defaults; give the monitor the optimizer inside it"
+                "hooks; give the monitor the optimizer inside it"
             )
         optimizer = inner
     return optimizer

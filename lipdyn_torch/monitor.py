@@ -26,7 +26,7 @@ from lipdyn_torch._measure import Measurement, network_row
 from lipdyn_torch._settings import batch_dims, check_settings, check_types, checked_sinks, innermost
 from lipdyn_torch.distributed import active, agree, share
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
-from lipdyn_torch.history import History, Sink
+from lipdyn_torch.history import History, ResumeError, Sink
 from lipdyn_torch.layers import EmbeddingRule
 from lipdyn_torch.noise import GradientNoise
 from lipdyn_torch.schedule import Schedule
@@ -344,8 +344,11 @@ class LipschitzMonitor:
         Raises
         ------
         lipdyn_torch.history.ResumeError
-            The state is of another model, or was measured otherwise.
+            The state is of another model, was measured otherwise, or is that of something else.
         """
+        if not (isinstance(state, Mapping) and {"history", "step", "schedule"} <= state.keys()):
+            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise ResumeError(f"expected what LipschitzMonitor.state_dict() returned, got {got}")
         self.history.load_state_dict(state["history"])
         self._step = int(state["step"])
         self._schedule.load_state_dict(state["schedule"])
@@ -493,13 +496,13 @@ class LipschitzMonitor:
         if any(watch.accumulated for watch in caught):  # else none was on its way to a step, here or elsewhere
             overflowed = any(watch.overflowed() for watch in caught)
             skipped = self._agree(int(overflowed)) > 0 and not self._inside
-        batch = max(sum(p.samples for p in watch.merged(self._switch.outer) if p.counted) for watch in self._watches)
+        batch = max(sum(p.samples for p in watch.merged(self._switch) if p.counted) for watch in self._watches)
         for watch in self._watches:
             watch.forget()
-        self._switch.outer.clear()
+        self._switch.forget()
         if not skipped:
             self._cleared += 1
-            if self._cleared == UNSEEN:
+            if self._cleared == UNSEEN and self._changed():
                 warnings.warn(NO_STEPS, stacklevel=2)
             return
         lr = max(float(group["lr"]) for group in self._optimizer.param_groups)
@@ -526,15 +529,13 @@ class LipschitzMonitor:
         if not groups.keys() <= self._owned:
             self._owned |= groups.keys()
             warnings.warn(ADDED, stacklevel=2)
-        outer = self._switch.outer
         reference = self._mean_gradient()
         caught = [
-            collect(watch, self._optimizer, groups, outer, self._split, reference, self._keep_gradients)
+            collect(watch, self._optimizer, groups, self._switch, self._split, reference, self._keep_gradients)
             for watch in self._watches
         ]
-        outer.clear()
-        self._switch.ahead = False
-        without_samples(caught)
+        self._switch.forget()
+        without_samples(caught, self._keep_gradients)
         _note_samples(caught)
         self._note_changes(caught)
         if active(self._group):
@@ -558,6 +559,10 @@ class LipschitzMonitor:
             if sigma > 0 and abs(math.log(sigma) - row["z"] - row["dz"]) > 1e-9:
                 layer.notes.append(CHANGED)
 
+    def _changed(self) -> bool:
+        """Whether somebody else may be making steps: the weights are not those of the last measured one."""
+        return not self.history.rows or abs(self.log_k - self._log_k_now()) > 1e-9
+
     def _mean_gradient(self) -> dict[int, torch.Tensor] | None:
         """The reference gradient by parameter; the hooks look away meanwhile."""
         if self._reference is None:
@@ -572,12 +577,14 @@ class LipschitzMonitor:
     def _check_alive(self) -> None:
         """Some hook must have spoken."""
         trained = [watch for watch in self._watches if watch.trained]
+        past = [watch for watch in trained if watch.accumulated and not watch.passes]
+        if self._switch.ahead:
+            for watch in past:
+                watch.problems[AHEAD] = None
         if not trained or any(watch.passes for watch in trained):
             return
-        if any(watch.accumulated for watch in trained):
+        if past:
             if self._switch.ahead:
-                for watch in trained:
-                    watch.problems[AHEAD] = None
                 return
             raise SilentHookError(
                 f"expected the hooks on {', '.join(w.name for w in trained)} to see the backward pass, but gradients "

@@ -226,7 +226,9 @@ def of_gram(
             mine = SmallSideResolvent(solve.fresh(), products, u, v, s[:c], mirrored=not wide, matrix=matrix)
         return mine if is_numpy(like) else HostResolvent(mine, like, xp)
 
-    s0, P0, Q0, gap, margin = (from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, np.asarray(margin)))
+    s0, P0, Q0, gap, margin = (
+        from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, np.asarray(margin))
+    )
     return SingularTriplet(index, shape, status, xp, e, s0, P0, Q0, gap, margin, of_series, real, _cluster=cluster)
 
 

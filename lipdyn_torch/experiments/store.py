@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from lipdyn_torch.errors import RunFolderExistsError, in_words
-from lipdyn_torch.experiments.registry import Row
+from lipdyn_torch.experiments.registry import NAMES, Row
 from lipdyn_torch.history import json_ready
 
 __all__ = ["CONFIG", "ROWS", "RunFolder", "make_folder"]
 
 CONFIG, ROWS = "config.json", "rows.jsonl"
 DAMAGED = "rows.damaged-{}.jsonl"
-_MADE_HERE = ("summary.md", "environment.json", "report.html", "*.png", "*.svg", "rows.damaged-*.jsonl", ROWS, CONFIG)
+SUMMARY = "summary.md"  # names the figures beside it
+_MADE_HERE = ("environment.json", "report.html", "rows.damaged-*.jsonl", SUMMARY, ROWS, CONFIG)
 
 
 def make_folder(path: Path) -> bool:
@@ -115,7 +117,12 @@ class RunFolder:
         """Remove what a run makes, and only that; False if this is no run folder."""
         if self._config() is None:
             return False
-        for pattern in _MADE_HERE:
+        summary = self.path / SUMMARY
+        text = summary.read_text(encoding="utf-8", errors="replace") if summary.is_file() else ""
+        figures = (
+            f"{name}.{kind}" for name in re.findall(r"^!\[([\w-]+)\]", text, re.MULTILINE) for kind in ("png", "svg")
+        )
+        for pattern in (*figures, *_MADE_HERE):
             for file in self.path.glob(pattern):
                 file.unlink()
         return True
@@ -139,7 +146,7 @@ class RunFolder:
             found = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and "experiment" in found else None
+        return found if isinstance(found, dict) and found.get("experiment") in ("all", *NAMES) else None
 
     def _load(self) -> None:
         file = self.path / ROWS

@@ -76,6 +76,18 @@ def test_another_run_is_refused_and_overwritten_on_demand(tmp_path):
     assert (tmp_path / "run" / "thesis.tex").read_text() == "mine"
 
 
+def test_overwriting_takes_only_what_a_run_made(tmp_path):
+    folder = RunFolder(tmp_path, CONFIG)
+    folder.write("summary.md", "# jacobian\n\n![jacobian](jacobian.png)\n")
+    for name in ("jacobian.png", "jacobian.svg", "poster.png", "notes.md"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    RunFolder(tmp_path, CONFIG, overwrite=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "poster.png", "notes.md"}
+    (tmp_path / "config.json").write_text('{"experiment": "sweep 3", "lr": 0.1}', encoding="utf-8")
+    with pytest.raises(RunFolderExistsError, match=r"without a config\.json of an experiment; choose another --out"):
+        RunFolder(tmp_path, CONFIG, overwrite=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("content", [None, "", "[]", "{", '{"model_type": "bert"}'])
 def test_a_folder_of_something_else_is_refused(tmp_path, content, overwrite):

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lipdyn_torch import LipschitzMonitor, NoSupportedLayerError, UnownedParametersError, moments, pathwise, sde
 from lipdyn_torch.dynamics import bridge_variance, epoch_means
+from lipdyn_torch.history import ResumeError
 from lipdyn_torch.layers import _RULES, register_rule
 from lipdyn_torch.low_rank import LowRankSumRule
 from lipdyn_torch.noise import common_factor
@@ -755,6 +756,16 @@ def test_what_is_refused_at_once():
     model.requires_grad_(False)
     with pytest.raises(UnownedParametersError, match=r"got Sequential whose weights \(0, 2\) are all frozen; turn"):
         LipschitzMonitor(model, sgd(model))
+
+
+@pytest.mark.parametrize("state", [None, {}, {"history": {"rows": [], "meta": {}}}])
+def test_the_state_of_something_else(state):
+    model = mlp()
+    with LipschitzMonitor(model, sgd(model)) as monitor:
+        train(model, monitor._optimizer)
+        with pytest.raises(ResumeError, match=r"expected what LipschitzMonitor\.state_dict\(\) returned, got"):
+            monitor.load_state_dict(state)
+        assert len(monitor.history) == 3
 
 
 def test_a_weight_without_a_shape_yet_is_skipped():

@@ -145,12 +145,73 @@ def test_a_head_without_samples_has_no_noise(kind, settings, noise):
             if row["step"] > 0:
                 assert row["batch"] == 8
                 assert row["mu"] == pytest.approx(expected[row["step"]], rel=1e-4, abs=1e-7)
+                if noise == "factor" and row["step"] == 5:
+                    F = monitor.noise[row["layer"]].factor()
+                    assert F.shape == (8, 15)
+                    assert not F.any()
                 if noise != "full":
                     assert (row["kappa_var"], row["lambda_sq_var"], row["kappa_cov"]) == (0.0, 0.0, 0.0)
         else:
             assert row["status"] == "ok"
             assert row["lambda_sq"] > 0
     assert math.isfinite(sde(monitor.history).predicted[-1])
+
+
+def test_a_head_without_samples_is_asked_for_something_else():
+    """Its gradient for the inputs, between the backward pass and the step, which reaches no weight."""
+    model = Heads()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for head in "ab":
+            optimizer.zero_grad(set_to_none=False)
+            model(torch.randn(8, 6), head).square().mean().backward()
+            x = torch.randn(4, 6, requires_grad=True)
+            torch.autograd.grad(model(x, "a").sum(), x)
+            optimizer.step()
+    assert statuses(monitor)["a"] == "no samples reached this layer"
+    assert {row["batch"] for row in monitor.history if row["step"] == 1} == {8}
+    assert math.isfinite(monitor.history.rows[-1]["lambda_sq"])
+
+
+def test_a_gradient_of_one_head_added_by_hand():
+    model = Heads()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        model(torch.randn(8, 6), "b").square().mean().backward()
+        x = torch.randn(8, 6)
+        loss = model(x, "a").square().mean()
+        model.a.weight.grad, model.a.bias.grad = torch.autograd.grad(loss, [model.a.weight, model.a.bias])
+        optimizer.step()
+    assert statuses(monitor)["a"] == "ok"
+    assert monitor.history.rows[1]["lambda_sq"] > 0
+
+
+def test_a_frozen_layer_under_a_retained_graph():
+    model = mlp()
+    model[2].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        x = torch.randn(8, 6, requires_grad=True)
+        loss = model(x).square().mean()
+        loss.backward(retain_graph=True)
+        torch.autograd.grad(loss, x)
+        optimizer.step()
+    assert statuses(monitor) == {"0": "ok", "2": "frozen", "network": "ok"}
+
+
+def test_half_a_forward_pass_before_the_last_step():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = model[0](torch.randn(8, 6))
+    with LipschitzMonitor(model, optimizer, every=2) as monitor:
+        for _ in range(5):
+            optimizer.zero_grad()
+            model[2](model[1](first)).square().mean().backward(inputs=[model[0].weight, model[2].weight])
+            first = model[0](torch.randn(8, 6))
+            optimizer.step()
+    found = statuses(monitor)
+    assert found["0"] == "forward pass was made before the last step, while the monitor was not listening"
+    assert found["2"] == "ok"
 
 
 @pytest.mark.parametrize("every", [2, 3])
@@ -258,7 +319,13 @@ def test_a_wrapper_that_was_never_made_an_optimizer():
         def zero_grad(self, set_to_none=True):
             self.optimizer.zero_grad(set_to_none)
 
+    class Lookahead(Wrapper):
+        def __init__(self, optimizer):
+            super().__init__(optimizer)
+            self.defaults, self.state = optimizer.defaults, optimizer.state
+
     model = mlp()
+    LipschitzMonitor(model, Lookahead(torch.optim.SGD(model.parameters(), lr=0.1))).close()
     optimizer = Wrapper(torch.optim.SGD(model.parameters(), lr=0.1))
     with LipschitzMonitor(model, optimizer) as monitor:
         for _ in range(3):
@@ -267,6 +334,22 @@ def test_a_wrapper_that_was_never_made_an_optimizer():
             optimizer.step()
     assert monitor.history.steps == [0, 1, 2]
     assert monitor.history.meta["optimizer"] == "SGD"
-    with pytest.raises(TypeError, match="got Wrapper without its defaults; give the monitor the optimizer inside it"):
+    with pytest.raises(TypeError, match="got Wrapper without hooks; give the monitor the optimizer inside it"):
         LipschitzMonitor(model, Wrapper(None))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_gradients_that_are_not_meant_for_a_step():
+    """Maps of what a trained model looks at, between two epochs: nobody else makes steps."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+            for _ in range(150):
+                model.zero_grad()
+                model(torch.randn(2, 6)).sum().backward()
+    assert monitor.history.steps == [0, 1]
+    assert {row["batch"] for row in monitor.history} == {8}
