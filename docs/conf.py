@@ -2,8 +2,6 @@
 
 import re
 
-from sphinx import addnodes
-
 project = "specpert"
 author = "the specpert maintainers"
 copyright = "2026, the specpert maintainers"
@@ -46,6 +44,8 @@ def polish(app, what, name, obj, options, lines):
 
 def anchor(app, doctree):
     """Pages of source link back to all names of a module as if they stood where the first of them is documented."""
+    from sphinx import addnodes
+
     for node in doctree.findall(addnodes.desc_signature):
         package = node.get("module", "").rpartition(".")[0]
         name = f"{package}.{node.get('fullname')}"
