@@ -125,10 +125,13 @@ def collect(
             gradient_of(optimizer, p) if p.requires_grad and p.grad is not None else None for p in watch.parameters
         ]
         caught.still = None not in owned and all(g is None for g in gradients)
-        if merged and not passes and any(g is not None and bool(g.any()) for g in gradients):  # it was added by hand
-            for single in merged:
-                single.counted = True
-            passes, caught.batch = merged, sum(single.samples for single in merged)
+        if caught.batch == 0 and any(g is not None for g in gradients):
+            if not any(g is not None and bool(g.any()) for g in gradients):
+                caught.idle = bool(passes) or not watch.accumulated
+            elif not passes:  # it was added by hand
+                for single in merged:
+                    single.counted = True
+                passes, caught.batch = merged, sum(single.samples for single in merged)
         _check(caught, optimizer, owned, passes, gradients)
         if caught.spectrum.triplet is not None and None not in owned:
             _respond(caught, optimizer, groups, gradients, split, reference)
@@ -161,9 +164,7 @@ def _check(
         problems.append(SKIPPED)
     elif not all(map(all_finite, known)):
         problems.append(NOT_FINITE)
-    zero = caught.batch == 0 and bool(known) and not any(bool(g.any()) for g in known)
-    if zero and (passes or not watch.accumulated):
-        caught.idle = True
+    if caught.idle:
         caught.notes.append(NO_SAMPLES)
     elif not passes:
         problems += [] if watch.problems else [SILENT if watch.accumulated else NO_GRADIENT]

@@ -214,11 +214,10 @@ class Watch:
         reached = {root(backward) for backward in self.reached} if whole_ones else set()
         if whole_ones and not any(root(backward) in reached for backward in self.passes):
             reached = {root(backward) for backward in switch.reached}
-        some = bool(reached)
         merged: dict[int, Pass] = {}
         for backward, single in self.passes.items():
             backward = root(backward)
-            whole = merged.setdefault(backward, Pass(single.samples, counted=not some or backward in reached))
+            whole = merged.setdefault(backward, Pass(single.samples, counted=not reached or backward in reached))
             if whole.samples != single.samples:
                 self.problems[UNPAIRED] = None
                 continue

@@ -578,14 +578,13 @@ class LipschitzMonitor:
         """Some hook must have spoken."""
         trained = [watch for watch in self._watches if watch.trained]
         past = [watch for watch in trained if watch.accumulated and not watch.passes]
-        if self._switch.ahead:
+        if self._switch.ahead and past:
             for watch in past:
                 watch.problems[AHEAD] = None
+            return
         if not trained or any(watch.passes for watch in trained):
             return
         if past:
-            if self._switch.ahead:
-                return
             raise SilentHookError(
                 f"expected the hooks on {', '.join(w.name for w in trained)} to see the backward pass, but gradients "
                 "came past them; if the model is compiled, give the monitor what torch.compile returned, and make the "

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lipdyn_torch.errors import LipdynError, RunFolderExistsError
 from lipdyn_torch.experiments.data import Images, digits
 from lipdyn_torch.experiments.models import ConvNet
-from lipdyn_torch.experiments.store import make_folder
+from lipdyn_torch.experiments.store import make_folder, read_document
 from lipdyn_torch.history import NETWORK, History, JsonLinesSink, Row, json_ready
 from lipdyn_torch.monitor import LipschitzMonitor
 from lipdyn_torch.predict import pathwise, sde
@@ -210,11 +210,7 @@ def prepare_folder(path: Path, overwrite: bool) -> Path:
 
 def _is_run(folder: Path) -> bool:
     """Whether the demo made it: histories and figures are in folders of one's own training runs too."""
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(summary, dict) and summary.keys() == {"settings", "result"}
+    return read_document(folder / SUMMARY).keys() == {"settings", "result"}
 
 
 def save(result: DemoResult, config: DemoConfig, folder: Path) -> None:

@@ -17,7 +17,7 @@ from lipdyn_torch.errors import RunFolderExistsError, in_words
 from lipdyn_torch.experiments.registry import NAMES, Row
 from lipdyn_torch.history import json_ready
 
-__all__ = ["CONFIG", "ROWS", "RunFolder", "make_folder"]
+__all__ = ["CONFIG", "ROWS", "RunFolder", "make_folder", "read_document"]
 
 CONFIG, ROWS = "config.json", "rows.jsonl"
 DAMAGED = "rows.damaged-{}.jsonl"
@@ -43,6 +43,15 @@ def make_folder(path: Path) -> bool:
     except OSError as error:
         message = f"expected a folder that can be made and read, got {path} ({error.strerror}); choose another --out"
         raise in_words(error, message) from error
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class RunFolder:
@@ -142,11 +151,8 @@ class RunFolder:
 
     def _config(self) -> dict[str, Any] | None:
         """The configuration that the folder was made for; None if no experiment made it: others have such files too."""
-        try:
-            found = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) and found.get("experiment") in ("all", *NAMES) else None
+        found = read_document(self.path / CONFIG)
+        return found if found.get("experiment") in ("all", *NAMES) else None
 
     def _load(self) -> None:
         file = self.path / ROWS
