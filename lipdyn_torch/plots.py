@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    *("error_panel", "force_panels", "forces_figure", "heatmap_figure", "log_k_figure", "log_k_panel"),
+    *("RATES", "error_panel", "force_panels", "forces_figure", "heatmap_figure", "log_k_figure", "log_k_panel"),
     *("split_figure", "summary_figure", "validity_figure"),
 ]
 
@@ -39,6 +39,12 @@ DASHES: tuple[Any, ...] = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))
 #: So many layers have a curve of their own; the others share a style.
 NAMED, OTHERS = 21, ("#BBBBBB", "-")
 PREDICTOR_STYLES = [(VERMILION, "--"), (BLUE, "-."), (GREEN, (0, (1, 1)))]
+#: Title and unit of the axes by column.
+RATES = {
+    "mu": ("drift $\\mu$", "nats per unit time"),
+    "kappa": ("noise curvature $\\kappa$", "nats per unit time"),
+    "lambda_sq": ("noise $\\lambda^2$", "nats$^2$ per unit time"),
+}
 REST = "rest, not in the SDE"
 #: Of the areas of `forces_figure`: colour and hatching tell them apart.
 FORCES = {
@@ -254,10 +260,8 @@ def split_figure(history: History | pd.DataFrame, context: str = "paper") -> Fig
     styles = {"": (BLACK, "-", "all"), "_var": (BLUE, "--", "variances"), "_cov": (VERMILION, "-.", "covariances")}
     with _figure(context, 2.8) as figure:
         panels = figure.subplots(1, 2)
-        for axes, column, title, unit in (
-            (panels[0], "kappa", "noise curvature $\\kappa$", "nats"),
-            (panels[1], "lambda_sq", "noise $\\lambda^2$", "nats$^2$"),
-        ):
+        for axes, column in zip(panels, ("kappa", "lambda_sq"), strict=True):
+            title, unit = RATES[column]
             at = moving_average(rows["step"].to_numpy(float), window)
             for part, (color, dash, label) in styles.items():
                 values = moving_average(rows[column + part].to_numpy(float), window)
@@ -265,7 +269,7 @@ def split_figure(history: History | pd.DataFrame, context: str = "paper") -> Fig
                 if part:
                     axes.fill_between(at, 0.0, values, color=color, alpha=0.12, linewidth=0)
             axes.axhline(0.0, color=BLACK, linewidth=0.5)
-            axes.set(xlabel="optimiser step", ylabel=f"{unit} per unit time", title=title)
+            axes.set(xlabel="optimiser step", ylabel=unit, title=title)
         panels[0].set_ylabel(_rate(window))
         _legend_below(figure, panels[0])
     return figure
@@ -319,19 +323,14 @@ def error_panel(axes: Axes, predictions: list[Prediction]) -> None:
 def force_panels(panels: list[Axes], history: History | pd.DataFrame) -> None:
     """Drift, noise curvature and noise of each layer in three panels, as moving averages."""
     frame = measured(history)
-    titles = {
-        "mu": ("drift $\\mu$", "nats"),
-        "kappa": ("noise curvature $\\kappa$", "nats"),
-        "lambda_sq": ("noise $\\lambda^2$", "nats$^2$"),
-    }
     window = _window(frame)
-    for axes, (column, (title, unit)) in zip(panels, titles.items(), strict=True):
+    for axes, (column, (title, unit)) in zip(panels, RATES.items(), strict=True):
         for name, color, dash in _layer_styles(frame):
             rows = frame[frame["layer"] == name]
             mean = moving_average(rows[column].to_numpy(float), window)
             at = moving_average(rows["step"].to_numpy(float), window)
             axes.plot(at, mean, color=color, linestyle=dash, label=_label(name))
-        axes.set(xlabel="optimiser step", ylabel=f"{unit} per unit time", title=title)
+        axes.set(xlabel="optimiser step", ylabel=unit, title=title)
         known = frame[column].to_numpy(float)
         if column != "mu" and np.nansum(known) > 0:
             axes.set_yscale("log")

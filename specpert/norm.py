@@ -24,7 +24,6 @@ from specpert._arrays import (
     scalar,
 )
 from specpert._checks import check_fraction
-from specpert._solvers import Gram
 from specpert._top import largest
 from specpert.result import ConvergenceError
 
@@ -89,15 +88,16 @@ def _by_lanczos(A: np.ndarray, e: int, rtol: float) -> float:
     low = np.complex64 if is_complex(A, np) else np.float32
     single = share >= 8 * float(np.finfo(np.float32).eps)
     B = A.astype(low if single else np.result_type(A.dtype, np.float64), copy=False)
-    gram = Gram(B if B.shape[0] <= B.shape[1] else adjoint(B, np))
-    start = np.random.default_rng(0).standard_normal((len(gram.B), 1)).astype(B.dtype)
+    B = B if B.shape[0] <= B.shape[1] else adjoint(B, np)
+    Ba = adjoint(B, np)
+    start = np.random.default_rng(0).standard_normal((len(B), 1)).astype(B.dtype)
     unit = B.real.dtype.type(2.0**-e)  # of the vectors, which spares a copy of the matrix
 
     def product(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
         return np.asarray(unit * (matrix @ x))
 
-    u = largest(lambda x: product(gram.B, product(gram.Ba, x)), start, share)
-    v = product(gram.Ba, u)
+    u = largest(lambda x: product(B, product(Ba, x)), start, share)
+    v = product(Ba, u)
     sigma = float(np.linalg.norm(v))
-    residual = float(np.linalg.norm(product(gram.B, v / sigma) - sigma * u))
+    residual = float(np.linalg.norm(product(B, v / sigma) - sigma * u))
     return (sigma + hidden * residual) * (1 + 8 * float(np.finfo(B.dtype).eps))

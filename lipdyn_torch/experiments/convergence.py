@@ -170,6 +170,7 @@ def _figure(frame: pd.DataFrame, context: Context) -> Figure:
     from matplotlib.figure import Figure
 
     from lipdyn_torch.experiments.figures import BLACK, BLUE, LINES, VERMILION, style
+    from lipdyn_torch.plots import RATES
 
     window = max(1, context["window"] // context["every"])
     network = training.network(frame)
@@ -182,12 +183,7 @@ def _figure(frame: pd.DataFrame, context: Context) -> Figure:
             axes.plot(rows["step"], moving_average(rows[column], window), **look)
 
         names = [n for n in frame["layer"].unique() if n != training.NETWORK]
-        titles = {
-            "mu": ("drift $\\mu$", "nats per unit time"),
-            "kappa": ("noise curvature $\\kappa$", "nats per unit time"),
-            "lambda_sq": ("noise $\\lambda^2$", "nats$^2$ per unit time"),
-        }
-        for axes, (column, (title, unit)) in zip(panels.flat[:3], titles.items(), strict=True):
+        for axes, (column, (title, unit)) in zip(panels.flat[:3], RATES.items(), strict=True):
             for name, (color, dash) in zip(names, LINES, strict=False):
                 draw(axes, frame[frame["layer"] == name], column, color=color, linestyle=dash, label=name)
             draw(axes, network, column, color=BLACK, linewidth=2.2, alpha=0.4, label="network")
