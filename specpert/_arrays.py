@@ -5,11 +5,13 @@ Legend: A (..., m, n) matrices; xp the array namespace; e integer exponents of t
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
@@ -23,6 +25,23 @@ _FLOATING = {"float16", "bfloat16", "float32", "float64", "complex64", "complex1
 _WORKING = {"float16": "float32", "bfloat16": "float32"}
 _NUMPY = array_api_compat.array_namespace(np.empty(0))
 _NUMPY_FLOATING = tuple(map(np.dtype, ("float32", "float64", "complex64", "complex128")))
+
+
+class _Module(NamedTuple):
+    """What a pickle holds in the place of a module."""
+
+    name: str
+
+
+class Portable:
+    """Can be pickled and copied though it holds an array namespace: modules go by their names."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: _Module(x.__name__) if isinstance(x, ModuleType) else x for key, x in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = {key: importlib.import_module(x.name) for key, x in state.items() if isinstance(x, _Module)}
+        vars(self).update(state | modules)
 
 
 def as_arrays(*objects: Any, names: Sequence[str], promote: bool = True) -> tuple[Namespace, list[Array]]:

@@ -7,6 +7,7 @@ the spectrum of T0 = [[0, A], [A^*, 0]] (theory 1.9). All private arrays are tho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ from specpert._arrays import (
     is_complex,
     is_numpy,
     ldexp,
+    namespace,
     real_dtype,
     to_precision,
 )
@@ -219,17 +221,19 @@ def of_gram(
         solve, matrix = rest, gram.at(rest.dtype).B
     products = gram.apply, gram.apply_adjoint
     resolvent = SmallSideResolvent(solve, products, u, v, s[:c], mirrored=not wide, matrix=matrix)
-
-    def of_series() -> Resolvent:
-        mine = resolvent
-        if isinstance(solve, ClusterSolver):  # which keeps the residuals of one series
-            mine = SmallSideResolvent(solve.fresh(), products, u, v, s[:c], mirrored=not wide, matrix=matrix)
-        return mine if is_numpy(like) else HostResolvent(mine, like, xp)
-
+    of_series = partial(_of_series, resolvent, None if is_numpy(like) else like)
     s0, P0, Q0, gap, margin = (
         from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, np.asarray(margin))
     )
     return SingularTriplet(index, shape, status, xp, e, s0, P0, Q0, gap, margin, of_series, real, _cluster=cluster)
+
+
+def _of_series(resolvent: SmallSideResolvent, like: Array | None) -> Resolvent:
+    """The resolvent of one series, which keeps the residuals of its own solves, for arrays of the library of `like`."""
+    if isinstance(solve := resolvent.solve, ClusterSolver):
+        resolvent = copy(resolvent)
+        resolvent.solve = solve.fresh()
+    return resolvent if like is None else HostResolvent(resolvent, like, namespace(like))
 
 
 def _starts(v0: Any, n: int, gram: Gram, dtype: Any, wide: bool, rtol: float) -> list[Start]:

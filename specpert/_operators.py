@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import matmul
 from typing import Any
 
 import numpy as np
@@ -93,7 +95,7 @@ def as_operator(A: Any, name: str) -> Operator:
     if isinstance(A, np.ndarray):
         Aa, size = A.conj().T, float(np.max(np.abs(A)))
         bound = size * float(spectral_norm_bound(A / size, np)) if size > 0 else 0.0
-        return Operator((m, n), A.dtype, size, bound, lambda x: A @ x, lambda y: Aa @ y)
+        return Operator((m, n), A.dtype, size, bound, partial(matmul, A), partial(matmul, Aa))
     dtype = np.result_type(A.dtype if A.dtype is not None else float, np.float64)
     probe = np.random.default_rng(0).standard_normal(n)
     image = np.asarray(A.matvec(probe))
@@ -127,7 +129,7 @@ def _from_sparse(A: Any, name: str) -> Operator:
         sums = [float(magnitude.sum(axis=axis).max()) for axis in (0, 1)]
         bound = largest * min(_norm(magnitude.data), math.sqrt(sums[0] * sums[1])) * (1 + 1e-12)
     adjoint = A.conj().T.tocsr()
-    return Operator(A.shape, A.dtype, bound, bound, lambda x: A @ x, lambda y: adjoint @ y)
+    return Operator(A.shape, A.dtype, bound, bound, partial(matmul, A), partial(matmul, adjoint))
 
 
 def spectral_norm_bound(H: Array, xp: Namespace) -> Array:

@@ -14,34 +14,35 @@ from collections.abc import Callable
 
 import numpy as np
 
-from specpert._arrays import Array, Namespace, adjoint, from_host, square
+from specpert._arrays import Array, Namespace, Portable, adjoint, from_host, namespace, square
 from specpert._solvers import Solver
 
 Resolvent = Callable[[Array, Array], tuple[Array, Array]]
 
 
-def from_thin_svd(U: Array, s: Array, V: Array, e: Array, excluded: Array, xp: Namespace) -> Resolvent:
+class ThinSVDResolvent:
     """Reduced resolvent from a thin SVD: two products with U and two with V for each call."""
-    m, n, r = U.shape[-2], V.shape[-2], U.shape[-1]
-    si, ej = s[..., :, None], e[..., None, :]
-    denominator = xp.where(excluded, 2 * (ej + si), (ej - si) * (ej + si))
-    # an excluded i keeps only (u_i, -v_i): x_i = (al_i - be_i) / (2 (s_i + e_j)) = -y_i
-    direct = xp.where(excluded, 1 / denominator, ej / denominator)
-    cross = xp.where(excluded, -1 / denominator, si / denominator)
-    direct, cross = xp.astype(direct, U.dtype), xp.astype(cross, U.dtype)
-    Ua, Va = adjoint(U, xp), adjoint(V, xp)
 
-    def resolvent(f: Array, g: Array) -> tuple[Array, Array]:
-        al, be = Ua @ f, Va @ g
+    def __init__(self, U: Array, s: Array, V: Array, e: Array, excluded: Array) -> None:
+        xp = namespace(U)
+        self.U, self.V, self.Ua, self.Va = U, V, adjoint(U, xp), adjoint(V, xp)
+        si, ej = s[..., :, None], e[..., None, :]
+        denominator = xp.where(excluded, 2 * (ej + si), (ej - si) * (ej + si))
+        # an excluded i keeps only (u_i, -v_i): x_i = (al_i - be_i) / (2 (s_i + e_j)) = -y_i
+        direct = xp.where(excluded, 1 / denominator, ej / denominator)
+        cross = xp.where(excluded, -1 / denominator, si / denominator)
+        self.direct, self.cross, self.ej = xp.astype(direct, U.dtype), xp.astype(cross, U.dtype), ej
+
+    def __call__(self, f: Array, g: Array) -> tuple[Array, Array]:
+        U, V, direct, cross = self.U, self.V, self.direct, self.cross
+        al, be = self.Ua @ f, self.Va @ g
         x, y = U @ (direct * al + cross * be), V @ (cross * al + direct * be)
         # The residuals live in the null spaces of A^* and A, which a thin SVD leaves out.
-        if m > r:
-            x = x + (f - U @ al) / ej
-        if n > r:
-            y = y + (g - V @ be) / ej
+        if U.shape[-2] > U.shape[-1]:
+            x = x + (f - U @ al) / self.ej
+        if V.shape[-2] > V.shape[-1]:
+            y = y + (g - V @ be) / self.ej
         return x, y
-
-    return resolvent
 
 
 class SmallSideResolvent:
@@ -125,7 +126,7 @@ class SmallSideResolvent:
         return [r / float(self.sigma[0]) for r in getattr(self.solve, "residuals", [])]
 
 
-class HostResolvent:
+class HostResolvent(Portable):
     """A resolvent on NumPy arrays for arrays of another library in the same memory."""
 
     def __init__(self, resolvent: SmallSideResolvent, like: Array, xp: Namespace) -> None:

@@ -37,6 +37,9 @@ class Gram:
         self.B, self.Ba = B, B.conj().T
         self._copies: dict[np.dtype, Gram] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Gram, (self.B,)  # the adjoint is a view, and would be a second copy
+
     def apply(self, x: np.ndarray) -> np.ndarray:
         """B x."""
         return widened(self.B, x)
@@ -79,11 +82,8 @@ class CholeskySolver:
         rtol: float = 0.0,
         w: np.ndarray | None = None,
     ) -> None:
-        from scipy.linalg import get_blas_funcs, get_lapack_funcs
-
         self.K, self.a, self.theta, self.gram, self.dtype, self.rtol, self.w = K, a, theta, gram, K.dtype, rtol, w
-        factorise, self._solve = get_lapack_funcs(("potrf", "potrs"), (K,))
-        self._halve, self._substitute = get_blas_funcs(("trsm", "trsv"), (K,))
+        factorise = self._routines()
         low = a.astype(K.dtype)
         M = low @ (self.values * low.conj().T).astype(K.dtype)
         M -= K
@@ -93,6 +93,21 @@ class CholeskySolver:
         self.L, failed = factorise(columns, lower=True, overwrite_a=True, clean=False)
         if failed:
             raise np.linalg.LinAlgError("the shifted Gram matrix is not positive definite")
+
+    def _routines(self) -> Any:
+        """Look up those of SciPy that solve, which cannot be pickled, and return the one that factorises."""
+        from scipy.linalg import get_blas_funcs, get_lapack_funcs
+
+        factorise, self._solve = get_lapack_funcs(("potrf", "potrs"), (self.K,))
+        self._halve, self._substitute = get_blas_funcs(("trsm", "trsv"), (self.K,))
+        return factorise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: x for key, x in vars(self).items() if key not in ("_solve", "_halve", "_substitute")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._routines()
 
     def __call__(self, b: np.ndarray, rounds: int = 6) -> np.ndarray:
         """The solution x (..., r, c), refined at most so many times."""

@@ -153,44 +153,98 @@ class UserTerm:
         return xp.where(near, mean, (g[..., :, None] - g[..., None, :]) / xp.where(near, xp.ones_like(gap), gap))
 
 
+class _Outer(Protocol):
+    """A function of a few sums t, w, with its first and second derivatives."""
+
+    @property
+    def value(self) -> Callable[..., Array]: ...
+    @property
+    def first(self) -> Callable[..., list[Any]]: ...
+    @property
+    def second(self) -> Callable[..., list[list[Any]]]: ...
+
+
+class Sum:
+    """t."""
+
+    def value(self, t: Array) -> Array:
+        return t
+
+    def first(self, t: Array) -> list[Any]:
+        return [1.0]
+
+    def second(self, t: Array) -> list[list[Any]]:
+        return [[0.0]]
+
+
+class Difference:
+    """t - w."""
+
+    def value(self, t: Array, w: Array) -> Array:
+        return t - w
+
+    def first(self, t: Array, w: Array) -> list[Any]:
+        return [1.0, -1.0]
+
+    def second(self, t: Array, w: Array) -> list[list[Any]]:
+        return [[0.0, 0.0], [0.0, 0.0]]
+
+
+class Entropy:
+    """log N - 2 w / N, N = 2 t the sum of s^2 and 2 w that of s^2 log s^2 / 2."""
+
+    def value(self, t: Array, w: Array) -> Array:
+        return namespace(t).log(2 * t) - w / t
+
+    def first(self, t: Array, w: Array) -> list[Any]:
+        return [1 / t + w / t**2, -1 / t]
+
+    def second(self, t: Array, w: Array) -> list[list[Any]]:
+        return [[-1 / t**2 - 2 * w / t**3, 1 / t**2], [1 / t**2, 0.0]]
+
+
+class ExpEntropy:
+    """t exp(-w / t), t the sum of s and w that of s log s."""
+
+    def value(self, t: Array, w: Array) -> Array:
+        return t * namespace(t).exp(-w / t)
+
+    def first(self, t: Array, w: Array) -> list[Any]:
+        power = namespace(t).exp(-w / t)
+        return [power * (1 + w / t), -power]
+
+    def second(self, t: Array, w: Array) -> list[list[Any]]:
+        power = namespace(t).exp(-w / t)
+        return [[power * c / t for c in row] for row in ((w**2 / t**2, -w / t), (-w / t, 1.0))]
+
+
+class StableRank:
+    """2 t / w^2, t half the sum of s^2 and w the largest s."""
+
+    def value(self, t: Array, w: Array) -> Array:
+        return 2 * t / w**2
+
+    def first(self, t: Array, w: Array) -> list[Any]:
+        return [2 / w**2, -4 * t / w**3]
+
+    def second(self, t: Array, w: Array) -> list[list[Any]]:
+        return [[0.0, -4 / w**3], [-4 / w**3, 12 * t / w**4]]
+
+
 @dataclass(frozen=True)
-class _Outer:
-    """A function of a few sums t_a, with its first and second derivatives."""
-
-    value: Callable[..., Array]
-    first: Callable[..., list[Any]]
-    second: Callable[..., list[list[Any]]]
-
-
-SUM = _Outer(lambda t: t, lambda t: [1.0], lambda t: [[0.0]])
-DIFFERENCE = _Outer(lambda t, w: t - w, lambda t, w: [1.0, -1.0], lambda t, w: [[0.0, 0.0], [0.0, 0.0]])
-# N = 2 t the sum of s^2 and 2 w that of s^2 log s^2 / 2: log N - 2 w / N
-ENTROPY = _Outer(
-    lambda t, w: namespace(t).log(2 * t) - w / t,
-    lambda t, w: [1 / t + w / t**2, -1 / t],
-    lambda t, w: [[-1 / t**2 - 2 * w / t**3, 1 / t**2], [1 / t**2, 0.0]],
-)
-# t exp(-w / t), t the sum of s and w that of s log s
-EXP_ENTROPY = _Outer(
-    lambda t, w: t * namespace(t).exp(-w / t),
-    lambda t, w: [namespace(t).exp(-w / t) * (1 + w / t), -namespace(t).exp(-w / t)],
-    lambda t, w: [[namespace(t).exp(-w / t) * c / t for c in row] for row in ((w**2 / t**2, -w / t), (-w / t, 1.0))],
-)
-# t half the sum of s^2, w the largest s
-STABLE_RANK = _Outer(
-    lambda t, w: 2 * t / w**2,
-    lambda t, w: [2 / w**2, -4 * t / w**3],
-    lambda t, w: [[0.0, -4 / w**3], [-4 / w**3, 12 * t / w**4]],
-)
-
-
-def _norm(p: float) -> _Outer:
+class Norm:
     """(p t)^(1 / p)."""
-    return _Outer(
-        lambda t: (p * t) ** (1 / p),
-        lambda t: [(p * t) ** (1 / p - 1)],
-        lambda t: [[(1 - p) * (p * t) ** (1 / p - 2)]],
-    )
+
+    p: float
+
+    def value(self, t: Array) -> Array:
+        return (self.p * t) ** (1 / self.p)
+
+    def first(self, t: Array) -> list[Any]:
+        return [(self.p * t) ** (1 / self.p - 1)]
+
+    def second(self, t: Array) -> list[list[Any]]:
+        return [[(1 - self.p) * (self.p * t) ** (1 / self.p - 2)]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +298,7 @@ class Composite:
 
 
 def schatten(p: float) -> Composite:
-    return Composite((Power(p),), _norm(p), degree=1, smooth=HESSIAN if p >= 2 else GRADIENT if p > 1 else VALUE)
+    return Composite((Power(p),), Norm(p), degree=1, smooth=HESSIAN if p >= 2 else GRADIENT if p > 1 else VALUE)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ import numpy as np
 
 from specpert._arrays import (
     Array,
+    Portable,
     adjoint,
     array,
     as_arrays,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 
-class SigmaHessian:
+class SigmaHessian(Portable):
     """Second derivative of sigma_k at A: a symmetric form on m x n matrices, of rank at most m + n - 2 if A is real.
 
     It is positive semidefinite for k = 0 only (convexity of the norm); for k > 0 the values 1 / (sigma_k - s_i) of the
@@ -283,7 +284,7 @@ class SigmaHessian:
         return _times(G, v), _times(adjoint(G, self._xp), u)
 
 
-class _Spectrum:
+class _Spectrum(Portable):
     """The form in the coordinates of a thin SVD, for A / 2^e."""
 
     def __init__(self, triplet: SingularTriplet) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from specpert._arrays import Array, adjoint, array, as_arrays, check_matrix, eps, exponent, ldexp, magnitude
+from specpert._arrays import Array, adjoint, array, as_arrays, check_matrix, eps, exponent, ldexp, magnitude, namespace
 from specpert._checks import check_direction, check_fraction, check_indices
 from specpert.certificate import spectral_norm_bound
 from specpert.result import SpecpertError
-from specpert.series import sigma_series
+from specpert.series import ClusterSeries, sigma_series
 
 
 def isolating_cluster(A: Any, H: Any, *, k: int = 0) -> tuple[int, ...]:
@@ -160,22 +161,27 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
         Y, W = U[:, :rank], adjoint(Vh, xp)[:, :rank]
         first = adjoint(U0, xp) @ H @ V0
         second = ((adjoint(U0, xp) @ H @ W) / s[:rank]) @ (adjoint(Y, xp) @ H @ V0)  # U_0^* H A^+ H V_0
-
-        def of_zero(x: float) -> Array:
-            scaled = ldexp(array(x, s, xp), t - e, xp)
-            return ldexp(scaled * xp.linalg.svdvals(first - scaled * second), e, xp)
-
+        of_zero = partial(_of_zero, first, second, e, t)
         return OneSided(tuple(range(rank, len(values))), 0.0, ldexp(xp.linalg.svdvals(first), t, xp), of_zero)
     cluster = tuple(range(low, high + 1))
     series = sigma_series(A, H, 2, k=cluster)
     first = series.effective_matrices[1, :, :]
     derivatives = xp.sort(xp.linalg.eigvalsh((first + adjoint(first, xp)) / 2), descending=True)
     value = float(ldexp(s[index], e, xp))
+    return OneSided(cluster, value, ldexp(derivatives, t, xp), partial(_of_tie, series, e, t))
 
-    def of_tie(x: float) -> Array:
-        return ldexp(series.values(float(ldexp(array(x, s, xp), t - e, xp))), e, xp)
 
-    return OneSided(cluster, value, ldexp(derivatives, t, xp), of_tie)
+def _of_zero(first: Array, second: Array, e: Array, t: Array, x: float) -> Array:
+    """The values at 2^(e - t) x of what is zero at x = 0, from U_0^* H V_0 and U_0^* H A^+ H V_0."""
+    xp = namespace(first)
+    scaled = ldexp(array(x, e, xp), t - e, xp)
+    return ldexp(scaled * xp.linalg.svdvals(first - scaled * second), e, xp)
+
+
+def _of_tie(series: ClusterSeries, e: Array, t: Array, x: float) -> Array:
+    """Those of a tie, from its series."""
+    xp = namespace(e)
+    return ldexp(series.values(float(ldexp(array(x, e, xp), t - e, xp))), e, xp)
 
 
 def _check_single(A: Array, H: Array, xp: Any) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from specpert._arrays import (
     Array,
     Namespace,
+    Portable,
     adjoint,
     array,
     exponent,
@@ -40,7 +41,7 @@ from specpert.triplet import SingularTriplet
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled:
+class Scaled(Portable):
     """Terms of order 0, 1, ... on the last axis, each with an exponent of two: what may leave the range of floats."""
 
     terms: Array

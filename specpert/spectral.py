@@ -44,19 +44,19 @@ from specpert._arrays import (
 )
 from specpert._checks import check_direction
 from specpert._symmetric import (
-    DIFFERENCE,
-    ENTROPY,
-    EXP_ENTROPY,
     GRADIENT,
     HESSIAN,
-    STABLE_RANK,
-    SUM,
     VALUE,
     Composite,
     Core,
+    Difference,
     Elementwise,
+    Entropy,
+    ExpEntropy,
     Power,
     PowerLog,
+    StableRank,
+    Sum,
     Symmetric,
     UserTerm,
     schatten,
@@ -153,7 +153,7 @@ class SpectralFunction:
         >>> bool(np.isclose(f.value([[3.0, 1.0], [1.0, -4.0]]), np.log(13)))
         True
         """
-        return cls("log-determinant", Composite((Power(0.0),), SUM, log_degree=True))
+        return cls("log-determinant", Composite((Power(0.0),), Sum(), log_degree=True))
 
     @classmethod
     def von_neumann_entropy(cls) -> SpectralFunction:
@@ -167,7 +167,7 @@ class SpectralFunction:
         >>> bool(np.isclose(SpectralFunction.von_neumann_entropy().value(np.eye(3)), np.log(3)))
         True
         """
-        return cls("von Neumann entropy", Composite((Power(2.0), PowerLog(2)), ENTROPY, smooth=GRADIENT))
+        return cls("von Neumann entropy", Composite((Power(2.0), PowerLog(2)), Entropy(), smooth=GRADIENT))
 
     @classmethod
     def effective_rank(cls) -> SpectralFunction:
@@ -179,7 +179,7 @@ class SpectralFunction:
         >>> bool(np.isclose(SpectralFunction.effective_rank().value(np.eye(3)), 3.0))
         True
         """
-        return cls("effective rank", Composite((Power(1.0), PowerLog(1)), EXP_ENTROPY, smooth=VALUE))
+        return cls("effective rank", Composite((Power(1.0), PowerLog(1)), ExpEntropy(), smooth=VALUE))
 
     @classmethod
     def stable_rank(cls) -> SpectralFunction:
@@ -188,7 +188,7 @@ class SpectralFunction:
         >>> print(SpectralFunction.stable_rank().value([[2.0, 0.0], [0.0, 1.0]]))
         1.25
         """
-        return cls("stable rank", Composite((Power(2.0), Power(1.0, 0)), STABLE_RANK, smooth=HESSIAN, simple=(0,)))
+        return cls("stable rank", Composite((Power(2.0), Power(1.0, 0)), StableRank(), smooth=HESSIAN, simple=(0,)))
 
     @classmethod
     def log_condition(cls) -> SpectralFunction:
@@ -199,7 +199,7 @@ class SpectralFunction:
         True
         """
         terms = (Power(0.0, 0), Power(0.0, -1))
-        return cls("log condition number", Composite(terms, DIFFERENCE, simple=(0, -1)))
+        return cls("log condition number", Composite(terms, Difference(), simple=(0, -1)))
 
     @classmethod
     def separable(
@@ -217,7 +217,7 @@ class SpectralFunction:
         >>> print(f.value(A), f.quadratic(A, G))  # tr (A + x G)^4 / 4 = 8 + 12 x^2 + ...
         8.0 24.0
         """
-        return cls(name, Composite((UserTerm((f, df, d2f)),), SUM, degree=None, smooth=None))
+        return cls(name, Composite((UserTerm((f, df, d2f)),), Sum(), degree=None, smooth=None))
 
     @classmethod
     def symmetric(

@@ -17,6 +17,7 @@ import numpy as np
 from specpert._arrays import (
     Array,
     Namespace,
+    Portable,
     adjoint,
     array,
     as_arrays,
@@ -29,7 +30,7 @@ from specpert._arrays import (
     scalar,
     to_precision,
 )
-from specpert._resolvent import HostResolvent, Resolvent, SmallSideResolvent, from_thin_svd
+from specpert._resolvent import HostResolvent, Resolvent, SmallSideResolvent, ThinSVDResolvent
 from specpert._solvers import Gram
 from specpert._top import followed
 from specpert.result import (
@@ -39,7 +40,7 @@ from specpert.result import (
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SingularTriplet:
+class SingularTriplet(Portable):
     """Singular value(s) with their vectors, ready for derivatives of any order; made by :func:`singular_triplet`.
 
     Attributes
@@ -220,7 +221,7 @@ def assemble(
     U0, s0, V0 = (xp.stack([x[..., i] for i in indices], axis=-1) for x in (U, s, V))
     excluded = [[i in indices if blank._cluster else i == k for k in indices] for i in range(s.shape[-1])]
     excluded = array(excluded, s, xp, dtype=xp.bool)
-    resolvent = partial(from_thin_svd, U, s, V, s0, excluded, xp)
+    resolvent = partial(ThinSVDResolvent, U, s, V, s0, excluded)
     return replace(blank, k=index, _values=s0, _P0=U0, _Q0=V0, _gap=gap, _resolvent=resolvent, _svd=(U, s, V))
 
 

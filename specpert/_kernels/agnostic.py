@@ -9,7 +9,7 @@ import numpy as np
 
 from specpert._arrays import Array, adjoint, array, namespace
 from specpert._recursion import Vectors, extend, value_coefficients
-from specpert._resolvent import from_thin_svd
+from specpert._resolvent import ThinSVDResolvent
 
 
 def direction_series(U: Array, s: Array, Vh: Array, H: Array, k: int, out: Array) -> None:
@@ -19,7 +19,7 @@ def direction_series(U: Array, s: Array, Vh: Array, H: Array, k: int, out: Array
     order, e = out.shape[-1] - 1, s[..., k : k + 1]
     excluded = array([[i == k] for i in range(s.shape[-1])], s, xp, dtype=xp.bool)
     vectors = Vectors([(lambda Q: H @ Q, lambda P: Ha @ P)], U[..., k : k + 1], V[..., k : k + 1])
-    E = extend(vectors, from_thin_svd(U, s, V, e, excluded, xp), e[..., None], False, order // 2, xp)
+    E = extend(vectors, ThinSVDResolvent(U, s, V, e, excluded), e[..., None], False, order // 2, xp)
     for n, lam in enumerate(value_coefficients(vectors, E, order, xp)):
         out[..., n] = lam[..., 0]
 
