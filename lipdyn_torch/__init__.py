@@ -19,6 +19,7 @@ from lipdyn_torch.history import History, JsonLinesSink, read_history
 from lipdyn_torch.integrations._extras import missing_extra
 
 try:
+    from lipdyn_torch.convolution import ConvolutionOperator, NormBounds
     from lipdyn_torch.layers import LayerRule, register_rule
     from lipdyn_torch.low_rank import LowRankSumRule
     from lipdyn_torch.monitor import LipschitzMonitor
@@ -38,6 +39,7 @@ except ModuleNotFoundError as error:
 
 
 __all__ = [
+    "ConvolutionOperator",
     "FactorSizeError",
     "GradientNoise",
     "History",
@@ -51,6 +53,7 @@ __all__ = [
     "Moments",
     "NoBackwardError",
     "NoSupportedLayerError",
+    "NormBounds",
     "Prediction",
     "RunFolderExistsError",
     "SilentHookError",

@@ -16,10 +16,12 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 import specpert
+from specpert import SigmaSeries, SingularTriplet
 
 __all__ = [
-    *("Pair", "Spectrum", "all_finite", "cluster_values", "follow_spectrum", "hessian_diagonal", "hessian_pairing"),
-    *("one_thread", "read_spectrum", "spectral_norm", "taylor"),
+    *("Pair", "SigmaSeries", "SingularTriplet", "Spectrum", "all_finite", "block_triplet", "cluster_values"),
+    *("degenerate", "follow_spectrum", "hessian_diagonal", "hessian_pairing", "one_thread", "operator_triplet"),
+    *("read_spectrum", "series_along", "spectral_norm", "taylor"),
 ]
 
 
@@ -93,7 +95,7 @@ class Spectrum:
     matrices: Tensor
     sigma: float
     gap: float
-    triplet: specpert.SingularTriplet | None
+    triplet: SingularTriplet | None
     group: int = 0
     problem: str = ""
 
@@ -313,3 +315,26 @@ def spectral_norm(matrix: Tensor) -> float:
         )
     except specpert.NonFiniteError:
         return math.nan
+
+
+@one_thread
+def block_triplet(B: Tensor) -> SingularTriplet:
+    """The top singular triplet of a matrix."""
+    return specpert.singular_triplet(B)
+
+
+@one_thread
+def operator_triplet(A: Any) -> SingularTriplet:
+    """That of a SciPy LinearOperator."""
+    return specpert.singular_triplet(A)
+
+
+@one_thread
+def series_along(triplet: SingularTriplet, H: Any, order: int) -> SigmaSeries:
+    """Series of the triplet's value along H, a matrix or operator like its own (theory 1.4)."""
+    return specpert.sigma_series(triplet, H, order)
+
+
+def degenerate(message: str, count: int) -> specpert.DegenerateSingularValueError:
+    """The error of a largest value that is attained so many times."""
+    return specpert.DegenerateSingularValueError(message, 0, tuple(range(count)), 0.0)

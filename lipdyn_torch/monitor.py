@@ -129,7 +129,7 @@ class LipschitzMonitor:
         "factor" does so too, and keeps in `noise` the gradients of the samples, and so the low-rank factor of Sigma,
         of layers where they are not too many numbers.
     conv : {"matrix"}
-        A convolution is read as its reshaped kernel (theory 3.1).
+        A convolution is read as its reshaped kernel (theory 3.1); `ConvolutionOperator` has its norm on images.
     sampling : {"shuffle", "iid"}
         How batches are drawn: every sample once per epoch, or independently. Kept for the predictors' bands.
     dataset_size : int, optional

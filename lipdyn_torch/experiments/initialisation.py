@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lipdyn_torch.convolution import ConvolutionOperator
 from lipdyn_torch.experiments.registry import (
     CONFIRMED,
     CONTRADICTED,
@@ -25,7 +25,7 @@ from lipdyn_torch.experiments.registry import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["EXPERIMENTS", "corrected", "limit", "operator_norm"]
+__all__ = ["EXPERIMENTS", "corrected", "limit"]
 
 LINEAR = [[10, 256], [256, 512], [512, 784], [256, 2048]]
 KERNELS = [[32, 3, 3, 1], [64, 32, 3, 1], [128, 64, 3, 2], [16, 16, 5, 1]]  # out, in, side, stride
@@ -69,33 +69,6 @@ def corrected(m: int, n: int, s: float) -> float:
     """
     a, b = math.sqrt(max(m, n) - 1), math.sqrt(min(m, n))
     return s * math.sqrt((a + b) ** 2 + TRACY_WIDOM_MEAN * (a + b) * (1 / a + 1 / b) ** (1 / 3))
-
-
-def operator_norm(kernel: Tensor, size: int, stride: int, steps: int = 60) -> float:
-    """Norm of the zero-padded convolution of size x size images, by Lanczos on conv and its transpose.
-
-    Examples
-    --------
-    >>> round(operator_norm(torch.ones(1, 1, 3, 3, dtype=torch.float64), 32, 1), 4)  # theory 3.1
-    8.9457
-    """
-    padding = kernel.shape[-1] // 2
-    shape = (1, kernel.shape[1], size, size)
-    extra = (size + 2 * padding - kernel.shape[-1]) % stride  # rows of the input no output sees past
-
-    def gram(x: np.ndarray) -> np.ndarray:
-        y = nn.functional.conv2d(torch.from_numpy(x).reshape(shape), kernel, stride=stride, padding=padding)
-        back = nn.functional.conv_transpose2d(y, kernel, stride=stride, padding=padding, output_padding=extra)
-        return back.flatten().numpy()
-
-    from scipy.sparse.linalg import LinearOperator, eigsh
-
-    size_in = math.prod(shape)
-    start = np.random.default_rng(0).standard_normal(size_in)
-    operator = LinearOperator((size_in, size_in), matvec=gram, dtype=np.float64)
-    return math.sqrt(
-        float(eigsh(operator, k=1, v0=start, ncv=20, tol=1e-6, maxiter=50 * steps, return_eigenvectors=False)[0])
-    )
 
 
 def _fill(weight: Tensor, scheme: str) -> float:
@@ -148,7 +121,8 @@ def _run(point: Point, context: Context) -> list[Row]:
         row |= {"kind": "matrix", "sigma": float(torch.linalg.matrix_norm(matrix, 2))}
         rows.append(row | {"limit": limit(m, n, s), "corrected": corrected(m, n, s)})
         if len(shape) == 4 and sample < max(2, context["samples"] // 10):  # an operator takes a second each
-            row |= {"kind": "operator", "sigma": operator_norm(weight, context["image"], stride)}
+            operator = ConvolutionOperator(weight, context["image"], stride=stride, padding=shape[2] // 2)
+            row |= {"kind": "operator", "sigma": operator.norm}
             # Known for stride 1 only; a stride of 2 folds the frequencies.
             law = s * shape[2] * (math.sqrt(shape[0]) + math.sqrt(shape[1])) if stride == 1 else math.nan
             rows.append(row | {"limit": law, "corrected": math.nan})

@@ -10,7 +10,6 @@ from torch import nn
 
 from lipdyn_torch.experiments import label_noise, timing, training
 from lipdyn_torch.experiments.data import Images, digits
-from lipdyn_torch.experiments.initialisation import operator_norm
 from lipdyn_torch.experiments.models import MLP, ConvNet, make_model, note
 from lipdyn_torch.experiments.noisy_gradient import hessian_trace
 from lipdyn_torch.experiments.regularisers import REGULARISERS, augment
@@ -98,15 +97,6 @@ def test_the_networks_of_the_paper():
     big = Images(torch.zeros(2, 3, 32, 32), torch.tensor([0, 9]), *(torch.zeros(1),) * 4)
     assert note("convnet", big) == ""
     assert "2048" in note("convnet", digits())
-
-
-def test_operator_norm_is_that_of_the_dense_matrix():
-    torch.manual_seed(0)
-    for stride, side in ((1, 3), (2, 3), (1, 5)):
-        kernel = torch.randn(4, 2, side, side, dtype=torch.float64)
-        basis = torch.eye(2 * 64, dtype=torch.float64).reshape(-1, 2, 8, 8)
-        dense = nn.functional.conv2d(basis, kernel, stride=stride, padding=side // 2).flatten(1)
-        assert operator_norm(kernel, 8, stride) == pytest.approx(float(torch.linalg.matrix_norm(dense, 2)), rel=1e-6)
 
 
 def test_hessian_trace_is_that_of_autograd():
