@@ -118,7 +118,8 @@ class ConvolutionOperator:
             raise ValueError(f"expected padding_mode among {_MODES}, got {padding_mode!r}")
         if not isinstance(groups, int) or groups < 1 or kernel.shape[0] % groups:
             raise ValueError(f"expected groups to divide the {kernel.shape[0]} output channels, got {groups!r}")
-        self.kernel, self.groups, self.padding_mode = kernel.detach().double(), groups, padding_mode
+        self.kernel = kernel.detach().to(torch.float64, copy=True)
+        self.groups, self.padding_mode = groups, padding_mode
         self._scale = float(self.kernel.abs().amax()) or 1.0  # norms are those of the kernel of size one, times this
         dims = kernel.ndim - 2
         self.size = _sizes(size, dims, "size", 1)
@@ -265,16 +266,16 @@ class ConvolutionOperator:
         >>> print(f"{ConvolutionOperator(torch.ones(1, 1, 3, 3), 32, padding=1).norm:.4f}")
         8.9457
         """
-        unit = self.kernel / self._scale
         if self.exact:
-            return self._scale * _norm(self._torus_blocks(unit))
+            return self._scale * _torus_norm(self._grouped, self.size, self.stride, self.dilation)
+        unit = self.kernel / self._scale
         A = self._linear(unit)
         if not bool(unit.any()):
             return 0.0
         if min(A.shape) <= 2:  # too small for Lanczos
             return self._scale * float(np.linalg.norm(A @ np.eye(A.shape[1]), 2))
         start = np.random.default_rng(0).standard_normal(min(A.shape))
-        _, _, Vh = svds(A, k=1, v0=start, tol=1e-8)
+        _, _, Vh = svds(A, k=1, v0=start, tol=1e-5)
         return self._scale * float(np.linalg.norm(A @ Vh[0]) / np.linalg.norm(Vh[0]))
 
     def _linear(self, kernel: Tensor) -> LinearOperator:
@@ -341,7 +342,7 @@ class ConvolutionOperator:
             raise ValueError(f"expected grid to be more than twice half the kernel, got {grid!r}")
         slack = math.prod(1 - 2 * (k // 2) / grid for k in self.kernel.shape[2:])
         once = [1] * len(self.size)  # dilation only moves frequencies, a stride takes means over several
-        return _norm(_blocks(self._grouped, [grid] * len(self.size), once, once)) / math.sqrt(slack)
+        return _torus_norm(self._grouped, [grid] * len(self.size), once, once) / math.sqrt(slack)
 
     def _covering_norm(self) -> float:
         """Norm on the least torus on which nothing that pads or is padded meets the other end (theory 3.3)."""
@@ -351,7 +352,7 @@ class ConvolutionOperator:
             n, before = (self.size[i], self.padding[i][0]) if self.padding_mode == "zeros" else (self._padded[i], 0)
             last = (self.out[i] - 1) * s + self._reach[i] - before
             sizes.append(-(-max(n + before, last + 1, s * self.out[i]) // s) * s)
-        return _norm(_blocks(self._grouped, sizes, self.stride, self.dilation))
+        return _torus_norm(self._grouped, sizes, self.stride, self.dilation)
 
     def _torus_blocks(self, kernel: Tensor) -> Tensor:
         """Its blocks, the operator being one on a torus."""
@@ -450,10 +451,13 @@ class ConvolutionOperator:
         return series_along(operator_triplet(self._linear(self.kernel)), self._linear(dT), order)
 
 
-def _blocks(W: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def _blocks(
+    W: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], half: bool = False
+) -> Tensor:
     """The matrices (frequencies, g, co / g, ci / g prod s) of a convolution W (g, co / g, ci / g, *k) on a torus.
 
-    Frequencies i + a L / s for a = 0 ... s - 1 are one behind a stride s (theory 3.2).
+    Frequencies i + a L / s for a = 0 ... s - 1 are one behind a stride s (theory 3.2). With `half` not all of those
+    are there whose opposites are, which have the conjugate matrices.
     """
     dims, index = len(size), torch.zeros((), dtype=torch.long, device=W.device)
     for k, d, n in zip(W.shape[3:], dilation, size, strict=True):
@@ -464,6 +468,8 @@ def _blocks(W: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Seq
         What = What.unflatten(3, (s, n // s)).movedim((3, 4), (-2, -1))  # the next axis is then the first
     folds, coarse = (range(start, start + 2 * dims, 2) for start in (3, 4))
     B = What.permute(*coarse, 0, 1, 2, *folds).flatten(dims + 2)
+    if half:
+        B = B.narrow(dims - 1, 0, B.shape[dims - 1] // 2 + 1)
     return B.flatten(0, dims - 1) / math.sqrt(math.prod(stride))
 
 
@@ -473,9 +479,9 @@ def _tops(B: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(B @ B.mH)[..., -1].clamp_min(0).sqrt()
 
 
-def _norm(B: Tensor) -> float:
-    """The largest of them."""
-    return float(_tops(B).amax())
+def _torus_norm(W: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> float:
+    """Norm of a convolution on a torus."""
+    return float(_tops(_blocks(W, size, stride, dilation, half=True)).amax())
 
 
 def _sizes(given: Any, dims: int, name: str, least: int) -> list[int]:
