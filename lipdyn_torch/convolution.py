@@ -79,6 +79,16 @@ class ConvolutionOperator:
     padding_mode : {"zeros", "circular", "reflect", "replicate"}
     groups : int
 
+    Attributes
+    ----------
+    kernel : Tensor
+        A copy, in float64.
+    size, out : list of int
+        Pixels of the input and of the output along each axis.
+    stride, dilation : list of int
+    padding : list of (int, int)
+        Before and behind each axis.
+
     Raises
     ------
     TypeError, ValueError
@@ -142,7 +152,6 @@ class ConvolutionOperator:
         padded = [n + sum(p) for n, p in zip(self.size, self.padding, strict=True)]
         if any(n <= r for n, r in zip(padded, reach, strict=True)):
             raise ValueError(f"expected images larger than the kernel's reach {reach}, got {padded} with padding")
-        #: Pixels of the output along each axis.
         self.out = [(n - r - 1) // s + 1 for n, r, s in zip(padded, reach, self.stride, strict=True)]
         self._reach, self._padded = reach, padded
 
