@@ -55,7 +55,10 @@ class Scaled(Portable):
         stacked = to_precision(xp.stack(xp.broadcast_arrays(*terms), axis=-1), triplet._dtype, xp)
         orders = array([float(n) for n in range(len(terms))], t, xp)
         power = e[..., None] + orders * t[..., None]
-        return cls(stacked, xp.reshape(power, (*power.shape[:-1], *(1,) * (terms[0].ndim - e.ndim), len(terms))), xp)
+        power = xp.reshape(power, (*power.shape[:-1], *(1,) * (terms[0].ndim - e.ndim), len(terms)))
+        if len(terms) == 1:  # the other terms have the axes of a stack of directions
+            stacked = stacked + xp.zeros_like(power, dtype=stacked.dtype)
+        return cls(stacked, power, xp)
 
     def first(self) -> Scaled:
         """Of the one value there is."""
@@ -65,17 +68,22 @@ class Scaled(Portable):
         """With the terms of another where a value, or matrix, has terms that are not finite."""
         xp = self.xp
         known = xp.all(xp.isfinite(self.terms), axis=-1, keepdims=True)
-        power, instead = (x + 0 * known for x in (self.power, other.power))
-        return Scaled(xp.where(known, self.terms, other.terms), xp.where(known, power, instead), xp)
+        power = xp.where(known, *xp.broadcast_arrays(self.power, other.power))
+        return Scaled(xp.where(known, self.terms, other.terms), power, xp)
 
     def __call__(self, x: Array) -> Array:
         """The sum at x, as far as terms and powers of x are in range together."""
+        total, e = self.sum(x)
+        return ldexp(total, e, self.xp)
+
+    def sum(self, x: Array) -> tuple[Array, Array]:
+        """The sum at x over 2^e, and e."""
         e, xp = self.power[..., 0], self.xp
         y = ldexp(x + 0 * e, self.power[..., 1] - e + 0 * x, xp) if self.terms.shape[-1] > 1 else x
         total = self.terms[..., -1] + xp.zeros_like(y)
         for n in range(self.terms.shape[-1] - 2, -1, -1):
             total = total * y + self.terms[..., n]
-        return ldexp(total, e + xp.zeros_like(total), xp)
+        return total, e + 0 * xp.real(total)
 
     def coefficients(self) -> Array:
         """All terms; raises OverflowError where one leaves the range."""
@@ -166,6 +174,7 @@ class ClusterSeries:
     right: Array | None
     _certificate: Certificate = field(repr=False)
     _scaled: Scaled = field(repr=False)  # of the mean
+    _matrices: Scaled = field(repr=False)  # the effective matrices
 
     @property
     def order(self) -> int:
@@ -193,12 +202,10 @@ class ClusterSeries:
         if not math.isfinite(x):
             raise ValueError(f"expected x to be finite, got {x}")
         xp = namespace(self.effective_matrices)
-        total = self.effective_matrices[..., -1, :, :]
-        for n in range(self.order - 1, -1, -1):
-            total = total * x + self.effective_matrices[..., n, :, :]
+        total, e = self._matrices.sum(self._certificate.argument(float(x)))
         # E(x) is similar to a Hermitian matrix, so its eigenvalues are real up to rounding
         eigenvalues = xp.real(xp.linalg.eigvals(total))
-        return xp.sort(eigenvalues, axis=-1, descending=True)
+        return ldexp(xp.sort(eigenvalues, axis=-1, descending=True), e[..., 0], xp)
 
     def __repr__(self) -> str:
         return f"ClusterSeries(mean={self.mean}, gap={self.gap}, {self.status.name})"
@@ -291,7 +298,8 @@ def expand(
 def _expand(triplet: SingularTriplet, family: list[Array], order: int, vectors: bool) -> SigmaSeries | ClusterSeries:
     xp = triplet._xp
     # powers of directions much smaller than the value would underflow in a high order
-    unit = xp.max(triplet._values, axis=-1) if order > ORDINARY_ORDERS else None
+    ordinary = ORDINARY_ORDERS if xp.finfo(triplet._dtype).bits > 32 else ORDINARY_ORDERS // 2
+    unit = xp.max(triplet._values, axis=-1) if order > ordinary else None
     parts = _terms(triplet, family, order, vectors, unit)
     if not all(bool(xp.all(xp.isfinite(part.terms))) for part in parts[:-1] if part is not None):
         # powers of 1 / d overflow; in units of d they cannot, but those of values with a larger d may underflow
@@ -301,7 +309,7 @@ def _expand(triplet: SingularTriplet, family: list[Array], order: int, vectors: 
     P, Q = (None if part is None else part.coefficients() for part in (left, right))
     if E is not None:
         matrices = xp.moveaxis(E.coefficients(), -1, -3)
-        return ClusterSeries(matrices, triplet.gap, triplet.status, P, Q, certificate, lam)
+        return ClusterSeries(matrices, triplet.gap, triplet.status, P, Q, certificate, lam, E)
     return SigmaSeries(lam.coefficients(), triplet.gap, triplet.status, P, Q, certificate, lam)
 
 
@@ -389,7 +397,9 @@ def fast_coefficients(A: Any, H: Any, k: Any, order: int) -> np.ndarray | None:
 
 
 _FAST_DTYPES = (np.dtype(np.float64), np.dtype(np.complex128))
-ORDINARY_ORDERS = 20  # up to which no coefficient of numbers of ordinary size leaves the range of floats
+# Up to which no coefficient of numbers of ordinary size (2^+-16, in float32 2^+-4) leaves the range of floats; in
+# float32 half of that.
+ORDINARY_ORDERS = 20
 _FAST_EPS = float(np.finfo(np.float64).eps)
 
 

@@ -482,3 +482,64 @@ def test_sums_of_high_order_keep_to_their_remainder(order, scale):
         assert abs(series(x) - np.linalg.norm(A + x * H, 2)) <= series.remainder(x)
     points = np.array([-0.5, 0.0, 0.5]) * float(series.radius)
     np.testing.assert_array_equal(series(points), [series(float(x)) for x in points])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(np.float64, 1e-200), (np.float64, 1e-30), (np.float32, 1e-20), (np.float32, 1e-6)]
+)
+def test_values_of_a_cluster_do_not_depend_on_the_size_of_the_direction(dtype, scale):
+    A, H = np.diag([2.0, 2.0, 1.0]), np.random.default_rng(0).standard_normal((3, 3))
+    values = sigma_series(A.astype(dtype), (scale * H).astype(dtype), 8, k=(0, 1)).values(0.05 / scale)
+    expected = np.linalg.svd(A + 0.05 * H, compute_uv=False)[:2]
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", [9, 10, 11, 12, 14, 16, 18, 20])
+@pytest.mark.parametrize(("a", "h"), [(31.0, 1 / 16), (20.0, 1 / 16), (1 / 15, 15.0)])
+def test_high_orders_in_single_precision(a, h, order):
+    """sqrt(a^2 + (h x)^2) for sizes at the ends of what counts as ordinary."""
+    A, H = np.array([[a, 0.0]]), np.array([[0.0, h]])
+    exact = sigma_derivative(A, order, directions=H)
+    ways = (
+        lambda A, H: sigma_derivative(A, order, directions=H),
+        lambda A, H: sigma_series(A, H, order).derivatives[order],
+    )
+    for way in ways:
+        if abs(exact) > np.finfo("f4").max:
+            with pytest.raises(OverflowError):
+                way(A.astype("f4"), H.astype("f4"))
+            continue
+        found = way(A.astype("f4"), H.astype("f4"))
+        assert found == pytest.approx(exact, rel=1e-4, abs=0.0)
+
+
+@pytest.mark.parametrize("k", [0, [0, 1], (0, 1)], ids=["one", "several", "cluster"])
+@pytest.mark.parametrize("library", ["numpy", "torch", "strict"])
+def test_order_zero_has_the_axes_of_the_directions(k, library):
+    import array_api_strict
+    import torch
+
+    asarray = {"numpy": np.asarray, "torch": torch.as_tensor, "strict": array_api_strict.asarray}[library]
+    rng = np.random.default_rng(0)
+    A, H = asarray(rng.standard_normal((3, 3))), asarray(rng.standard_normal((4, 3, 3)))
+    zero, one = (sigma_series(A, H, order, k=k, vectors=True) for order in (0, 1))
+    if isinstance(k, tuple):
+        assert zero.effective_matrices.shape == (4, 1, 2, 2)
+        assert zero.mean.shape[:-1] == one.mean.shape[:-1]
+        shapes = [x.values(0.01).shape for x in (zero, one)]
+    else:
+        assert zero.coefficients.shape[:-1] == one.coefficients.shape[:-1]
+        assert zero.derivatives.shape[:-1] == one.derivatives.shape[:-1]
+        shapes = [x(0.01).shape for x in (zero, one)]
+    assert shapes[0] == shapes[1]
+    assert zero.left.shape[:-1] == one.left.shape[:-1]
+    assert zero.remainder(0.01).shape == one.remainder(0.01).shape
+
+
+def test_small_gaps_of_every_library():
+    """Where powers of one over the gap overflow, whatever the library thinks of arithmetic with booleans."""
+    import array_api_strict
+
+    A, H = np.diag([1.0, 1 - 1e-12, 0.5]), np.full((3, 3), 1e-14)
+    found = sigma_series(*map(array_api_strict.asarray, (A, H)), 40).coefficients
+    np.testing.assert_allclose(np.asarray(found), sigma_series(A, H, 40).coefficients, rtol=1e-4)
