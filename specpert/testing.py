@@ -403,7 +403,8 @@ def _against_sigma(
     __tracebackhide__ = True
     order = len(directions)
     matrix, family = _numpy(A), [_numpy(H) for H in directions]
-    eps = _eps(_numpy(function(A)))
+    # the points are rounded to the caller's precision, whatever that of the values
+    eps = max(_eps(_numpy(x)) for x in (function(A), A + directions[0]))
     if one:
         computed = _numpy(sigma_series(A, directions[0], order, k=k).coefficients)
         problem = _Problem.make(matrix, family[:1], (k,))

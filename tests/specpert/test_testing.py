@@ -332,6 +332,16 @@ def test_specpert_against_a_function_that_computes_sigma(order, complex_):
     assert check_derivative(norm, A, [others[0], *[0 * H] * (order - 1)], order, computes="sigma").worst < 1
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_values_more_precise_than_the_matrix(seed):
+    """The points A + x H are rounded to single precision, though the function's values are Python's floats."""
+    A, H = np.random.default_rng(seed).standard_normal((2, 4, 3)).astype(np.float32)
+    check_derivative(lambda M: float(norm(M)), A, H, 2, computes="sigma")
+    check_derivative(lambda M: float(norm(M)), A, [H, A], 2, computes="sigma")
+    with pytest.raises(AssertionError):
+        check_derivative(lambda M: 1.001 * float(norm(M)), A, H, 2, computes="sigma")
+
+
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_a_function_that_computes_another_value_is_refused(order):
     A, H = case()
