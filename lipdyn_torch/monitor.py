@@ -168,7 +168,7 @@ class LipschitzMonitor:
                             skipped counts where it would have been measured, and has rows without forces
     ``lr, batch``           learning rate of this step; number of samples M
     ``sigma, gap``          largest singular value before the step; its isolation distance d (theory 1.9), of large
-                            weights rounded down by at most 1e-4. Network: ``sigma`` is K, ``gap`` the smallest
+                            weights rounded down by at most 4e-4. Network: ``sigma`` is K, ``gap`` the smallest
     ``eps``                 ``2 ||D||_2 / d`` for the update D, of large weights rounded up by at most 3e-4 more;
                             expansions are certified below 1. Network: largest
     ``mu``                  drift ``<J, b> / (lr sigma)`` with b the long-run effect of this step's gradient and of

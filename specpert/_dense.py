@@ -193,6 +193,9 @@ def of_gram(
     s[:c] = np.linalg.norm(v, axis=0)
     if s[c - 1] == 0:
         raise np.linalg.LinAlgError("zero singular value")
+    # the subspace is less accurate than that of an SVD by s_0 / (s_(c-1) + s_c)
+    if cluster and isinstance(rest, np.ndarray) and s[c - 1] < 0.1 * s[0]:
+        raise np.linalg.LinAlgError("the cluster is too far below the largest value")
     v /= s[:c]
     index = tuple(range(c)) if cluster else 0
     # the error of the decomposition, and that with which a matrix of results this precise was rounded to itself
@@ -210,9 +213,6 @@ def of_gram(
     if isinstance(rest, ClusterSolver) and not rest.inner.precise:  # nor are the vectors then of full accuracy
         margin += float(np.linalg.norm(gram.apply(v) - u * s[:c]))
     if isinstance(rest, np.ndarray):
-        # the subspace is less accurate than that of an SVD by s_0 / (s_(c-1) + s_c)
-        if cluster and s[c - 1] < 0.1 * s[0]:
-            raise np.linalg.LinAlgError("the cluster is too far below the largest value")
         if w[c - 1] - w[c] <= 100 * r * float(np.finfo(dtype).eps) * w[0]:
             raise np.linalg.LinAlgError("the gap is within rounding")
         solve: Solver = EigenSolver(w[c:], rest, s[:c])

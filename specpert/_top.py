@@ -95,12 +95,15 @@ def _polished(
         raise np.linalg.LinAlgError("the start is too far from the top vector")
     drift = float(np.linalg.norm(u - a @ (a.conj().T @ u)))
     _, second, error, _ = next_value(product, u, solver, rtol)
+    if theta * drift**2 > _drift_allowed(K.dtype, rtol) * (theta - second):  # the shift was not yet that of the vector
+        solver = CholeskySolver(K, u, theta, gram, rtol)
+        _, second, error, _ = next_value(product, u, solver, rtol)  # of many close ones the first may have missed some
+    else:
+        second += theta * drift**2
     if theta - second <= 10 * error:  # so close that the estimate would decide whether it is a tie
         raise np.linalg.LinAlgError("the next value is not known well enough")
     if not solver.precise and rtol * (theta - second) < SINGLE_ERROR * float(np.finfo(K.dtype).eps) * theta:
         raise _TooCloseError
-    if theta * drift**2 > _drift_allowed(K.dtype, rtol) * (theta - second):  # the shift was not yet that of the vector
-        solver = CholeskySolver(K, u, theta, gram, rtol)
     solver.a, solver.theta = u, theta
     return np.array([theta, second]), u, solver
 
@@ -145,7 +148,8 @@ def next_value(
     """Lower and upper estimate of the largest eigenvalue of K on the complement of u (r, c), the vector's residual, it.
 
     By Lanczos on the inverse, less the 1 / theta that it has for a value zero: K / (theta (theta I - K)). What a random
-    start can have hidden by its small share in a vector, about 1 / sqrt(r), is added.
+    start can have hidden by its small share in a vector, about 1 / sqrt(r), is added, and how far the error of a factor
+    in single precision can have mixed close values.
     """
 
     def outside(x: np.ndarray) -> np.ndarray:
@@ -162,14 +166,15 @@ def next_value(
         x = better / size
     value, residual = _rayleigh(product, x)
     slack = (tol * value + rounding * (theta - value)) * (theta - value) / theta
+    mixed = 0.0 if solver.precise else SINGLE_ERROR * float(np.finfo(solver.L.dtype).eps) * theta
     if value < theta / 2 and not solver.precise:  # the inverse has no advantage, and its factor errors of eps theta
         tol, rounding = 1e-8, 16 * float(np.finfo(u.dtype).eps)
         x = outside(largest(lambda x: outside(product(x)), x, tol, rounding * theta))
         x /= np.linalg.norm(x)
         value, residual = _rayleigh(product, x)
-        slack = tol * value + rounding * theta
+        slack, mixed = tol * value + rounding * theta, 0.0
     error = float(np.linalg.norm(residual))
-    return value, value + error + hidden * slack, error, x
+    return value, value + error + hidden * slack + mixed, error, x
 
 
 def largest(product: Product, start: np.ndarray, rtol: float, floor: float = 0.0, width: int = 40) -> np.ndarray:
@@ -277,7 +282,8 @@ def _next_of_gram(
         value, residual = _rayleigh(deflated, x)
         upper = value + float(np.linalg.norm(residual)) + hidden * tolerance * (top + value) + rounding
         vector = x + start
-        if w[-1] - upper > 0.99 * (w[-1] - value):
+        here, known, bound = (math.sqrt(max(float(x), 0.0)) for x in (w[-1], value, upper))
+        if here - bound > 0.99 * (here - known):
             break
     return x[:, 0], value, upper
 

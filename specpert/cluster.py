@@ -157,6 +157,8 @@ def _of_gram(
 ) -> SingularTriplet | None:
     """Raises numpy.linalg.LinAlgError or ConvergenceError where that is not accurate."""
     solve, found = small.solve, None
+    if upper**2 <= 100 * len(small.u) * float(np.finfo(float).eps) * float(small.sigma[0]) ** 2:
+        raise np.linalg.LinAlgError("the bounds are within the rounding of the Gram matrix")
     if isinstance(solve, CholeskySolver):
         gram = solve.gram
         if not solve.precise or len(solve.K) >= _REFINE_FROM:

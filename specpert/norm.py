@@ -17,6 +17,7 @@ from specpert._arrays import (
     array,
     as_arrays,
     check_matrix,
+    eps,
     exponent,
     host_view,
     is_complex,
@@ -70,7 +71,8 @@ def spectral_norm(A: Any, *, rtol: float = 0.0) -> Array:
     view = host_view(A) if rtol > 0 and A.ndim == 2 and min(A.shape) >= _LANCZOS_FROM else None
     if view is not None and size > 0:
         with contextlib.suppress(ConvergenceError):
-            return scalar(ldexp(array(_by_lanczos(view, int(e), rtol), e, xp), e, xp))
+            bound = _by_lanczos(view, int(e), rtol) * (1 + eps(e, xp))  # it is rounded to the precision of results
+            return scalar(ldexp(array(bound, e, xp), e, xp))
     scaled = ldexp(A, -e[..., None, None], xp)
     wide = scaled if A.shape[-2] <= A.shape[-1] else adjoint(scaled, xp)
     if rtol > 0 and view is None:  # squaring costs the largest value no accuracy

@@ -59,7 +59,7 @@ def singular_triplet(
     rtol : float
         Relative accuracy asked of Hessian forms and diagonals. From 1e-6 on, the Gram method may take them from a
         factorisation in single precision, where the gap is wide enough for that, and the isolation distance may then be
-        1e-4 too small; singular value, vectors and series have full accuracy all the same.
+        2e-4 + 5 rtol too small, relative to it; singular value, vectors and series have full accuracy all the same.
     dtype : dtype, optional
         Precision of the results: A's own (default), or float64 for a float32 matrix that is meant exactly as it is;
         for a complex matrix either name of the precision will do. The Gram method makes no copy of the matrix for that.

@@ -294,3 +294,13 @@ def test_a_cluster_is_not_several_values():
     ):
         with pytest.raises(TypeError, match=r"single values for the list k = \[0, 1\], got that of a cluster"):
             call()
+
+
+def test_bounds_below_what_a_gram_matrix_can_tell():
+    s = np.full(66, 1e-9)
+    s[:5] = [1.0, 9e-9, 8e-9, 7e-9, 6.5e-9]
+    A = with_spectrum(np.random.default_rng(0), 66, 88, s)
+    for method in ("gram", "svd"):
+        cluster = leading_cluster(singular_triplet(A, method=method), 6e-9, 4e-9, 16)
+        assert cluster.k == (0, 1, 2, 3, 4)
+        assert cluster.gap == pytest.approx(5.5e-9, rel=1e-6)

@@ -685,3 +685,13 @@ def test_large_operators_are_tried_without_overflow():
     S = sparse.random_array((90, 70), density=0.1, rng=np.random.default_rng(0), format="csr")
     large = singular_triplet(aslinearoperator(S) * 1e200)
     assert math.isclose(large.sigma, 1e200 * singular_triplet(S).sigma, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_gaps_of_sparse_arrays_are_at_most_one_per_cent_too_small(seed):
+    """Also far below the largest value, where one per cent of a square is more of its root."""
+    rng = np.random.default_rng(seed)
+    s = np.full(40, 3.9e-4)
+    s[:3] = 1.0, 0.039, 7.8e-4 * rng.uniform(0.9, 1.1)
+    found = singular_triplet(sparse.diags_array(s[rng.permutation(40)]).tocsr(), 1).gap
+    assert 0.99 * (s[1] - s[2]) <= found <= s[1] - s[2]

@@ -380,3 +380,44 @@ def test_follow_gives_numbers_of_the_better_precision():
         for triplet in (singular_triplet(part), singular_triplet(part.astype(np.float32))):
             assert type(triplet.follow(part)) is np.float64
         assert type(singular_triplet(part.astype(np.float32)).follow(part.astype(np.float32))) is np.float32
+
+
+def close_seconds(gap, width, seed):
+    """A matrix whose second value has hundreds of others within a small part of the gap; and its right vectors."""
+    rng = np.random.default_rng(seed)
+    U, V = (np.linalg.qr(rng.standard_normal((256, 256)))[0] for _ in range(2))
+    s = 1 - width * gap * np.sort(rng.random(256))
+    s[0], s[1] = 1 + gap, 1.0
+    return (U * s) @ V.T, V
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-3, 1e-2])
+@pytest.mark.parametrize("gap", [2e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("width", [5e-3, 1e-2])
+def test_the_gap_is_a_lower_bound_whatever_the_start(gap, width, rtol):
+    for seed in range(3):
+        A, V = close_seconds(gap, width, seed)
+        starts = [V[:, 0] + share * V[:, 1:20].sum(1) / math.sqrt(19) for share in (0.01, 0.1, 0.3)]
+        for v0 in (None, *starts):
+            found = singular_triplet(A, v0=v0, rtol=rtol)
+            assert found.gap <= gap * (1 + 1e-9) + 1e-13
+            assert found.gap >= gap * (1 - 1e-5 - (2e-4 + 5 * rtol if rtol else 0.0)) - 1e-13
+
+
+def test_a_norm_is_rounded_up_to_the_precision_of_results():
+    for seed in range(60):
+        A = np.random.default_rng(seed).standard_normal((70, 90)).astype(np.float32)
+        truth = np.linalg.norm(A.astype(float), 2)
+        for rtol in (1e-3, 1e-6, 1e-8):
+            assert truth <= float(spectral_norm(A, rtol=rtol)) <= truth * (1 + rtol + 1e-6)
+
+
+def test_a_cluster_of_noise_is_not_taken_for_a_tie():
+    """Roots of the Gram matrix's eigenvalues are off by 1e-8 of the largest; the SVD has to tell values below apart."""
+    s = np.full(66, 1e-9)
+    s[:5] = [1.0, 9e-9, 8e-9, 7e-9, 6.5e-9]
+    A = with_spectrum(np.random.default_rng(0), 66, 88, s)
+    found = singular_triplet(A, range(5))
+    cluster = sigma_series(A, A, 1, k=tuple(range(5)))
+    np.testing.assert_allclose(found.sigma, s[:5], atol=1e-15)
+    np.testing.assert_allclose(cluster.values(1.0), 2 * s[:5], atol=1e-15)
