@@ -26,7 +26,6 @@ from torch.nn import functional
 
 from lipdyn_torch._bridge import (
     SigmaSeries,
-    SingularTriplet,
     all_finite,
     block_triplet,
     degenerate,
@@ -43,6 +42,8 @@ _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _MODES = ("zeros", "circular", "reflect", "replicate")
 #: What rounding may take from a bound, relative to it.
 _SAFETY = 1e-12
+#: How far derivatives may be apart, relative to their size, that count as the same.
+_SAME = 1e-8
 
 
 @dataclass(frozen=True)
@@ -367,31 +368,11 @@ class ConvolutionOperator:
         """Its blocks, the operator being one on a torus."""
         return _blocks(kernel.unflatten(0, (self.groups, -1)), self.size, self.stride, self.dilation)
 
-    def _top_block(self) -> tuple[tuple[int, int], SingularTriplet]:
-        """Frequency and group of the block that attains the norm, and its top triplet.
-
-        At the opposite frequency there is the conjugate block, with the same values for every real kernel: that is no
-        tie. Any other block with this value is one.
-        """
-        B = self._torus_blocks(self.kernel)
+    def _top_blocks(self, B: Tensor) -> list[tuple[int, int]]:
+        """Frequency and group of the blocks that attain the norm: opposite ones at least, more by symmetries."""
         tops = _tops(B / self._scale)
-        value = float(tops.amax())
-        rounding = 10 * max(B.shape[-2:]) * torch.finfo(torch.float64).eps * value
-        frequency, group = (int(i) for i in (tops == value).nonzero()[0])
-        coarse = [n // s for n, s in zip(self.size, self.stride, strict=True)]
-        here = torch.unravel_index(torch.tensor(frequency), coarse)
-        opposite = 0
-        for i, n in zip(here, coarse, strict=True):
-            opposite = opposite * n + int(-i % n)
-        tied = {(int(i), int(j)) for i, j in (tops >= value - rounding).nonzero()}
-        rest = tied - {(frequency, group), (opposite, group)}
-        if rest and value > 0:
-            raise degenerate(
-                f"expected the norm to be attained at one frequency, got {len(rest) + 1} unrelated ones with the value "
-                f"{self._scale * value:.6g}: the norm has no derivative here",
-                len(rest) + 1,
-            )
-        return (frequency, group), block_triplet(B[frequency, group])
+        rounding = 10 * max(B.shape[-2:]) * torch.finfo(torch.float64).eps
+        return [(int(i), int(j)) for i, j in (tops >= (1 - rounding) * tops.amax()).nonzero()]
 
     # --- derivatives ---
 
@@ -413,22 +394,25 @@ class ConvolutionOperator:
         with torch.enable_grad():
             kernel = self.kernel.clone().requires_grad_()
             if self.exact:
-                where, triplet = self._top_block()
-                seen = (triplet.u.conj() @ self._torus_blocks(kernel)[where] @ triplet.v).real
+                B = self._torus_blocks(kernel)
+                triplets = {where: block_triplet(B.detach()[where]) for where in self._top_blocks(B.detach())}
+                seen = [(t.u.conj() @ B[where] @ t.v).real for where, t in triplets.items()]
             else:
                 triplet = operator_triplet(self._linear(self.kernel))
                 u, v = (torch.from_numpy(np.array(x)) for x in (triplet.u, triplet.v))
-                image = v.reshape(1, -1, *self.size)
-                seen = (u * self._applied(kernel, image).flatten()).sum()
-            (found,) = torch.autograd.grad(seen, kernel)
-        return found
+                seen = [(u * self._applied(kernel, v.reshape(1, -1, *self.size)).flatten()).sum()]
+            first, *others = (torch.autograd.grad(x, kernel, retain_graph=True)[0] for x in seen)
+        if not all(torch.allclose(first, other, rtol=0.0, atol=_SAME * float(first.norm())) for other in others):
+            raise _tied(len(seen))
+        return first
 
     def series(self, direction: Tensor, order: int = 3) -> SigmaSeries:
         """Taylor series of the norm along a direction in the space of kernels, with certificate (theory 3.4).
 
-        On a torus it is that of the block that attains the norm, exact and cheap; else products with images do it, and
-        take their time where the largest values lie close together, as they do for large images. The series goes on as
-        that of the same value where another one becomes the largest.
+        On a torus it is that of the block that attains the norm, exact and cheap; where there are several, as opposite
+        frequencies have them, all must agree. Else products with images do it, and take their time where the largest
+        values lie close together, as they do for large images. The series goes on as that of the same value where
+        another one becomes the largest.
 
         Parameters
         ----------
@@ -454,10 +438,25 @@ class ConvolutionOperator:
         if not isinstance(direction, Tensor) or direction.shape != self.kernel.shape:
             raise ValueError(f"expected direction to be a tensor {tuple(self.kernel.shape)}, got {_kind(direction)}")
         dT = direction.detach().to(self.kernel)
-        if self.exact:
-            where, triplet = self._top_block()
-            return series_along(triplet, self._torus_blocks(dT)[where], order)
-        return series_along(operator_triplet(self._linear(self.kernel)), self._linear(dT), order)
+        if not self.exact:
+            return series_along(operator_triplet(self._linear(self.kernel)), self._linear(dT), order)
+        B, H = map(self._torus_blocks, (self.kernel, dT))
+        first, *others = (series_along(block_triplet(B[i]), H[i], order) for i in self._top_blocks(B))
+        c = first.coefficients / first.coefficients[0]
+        rate = max((abs(float(c[n])) ** (1 / n) for n in range(1, order + 1)), default=0.0)
+        allowed = _SAME * torch.tensor([rate**n for n in range(order + 1)], dtype=c.dtype)
+        for other in others:
+            if bool(((other.coefficients / first.coefficients[0] - c).abs().cpu() > allowed).any()):
+                raise _tied(1 + len(others))
+        return first
+
+
+def _tied(count: int) -> Exception:
+    return degenerate(
+        f"expected the norm to change alike at all frequencies that attain it, got {count} of which some differ: there "
+        "is no derivative",
+        count,
+    )
 
 
 def _blocks(
