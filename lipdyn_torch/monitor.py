@@ -135,9 +135,9 @@ class LipschitzMonitor:
     dataset_size : int, optional
         Number of samples of an epoch, for the bands with "shuffle".
     batch_dim : int or mapping of str to int, optional
-        Axis of the samples in the inputs of `torch.nn.Linear` and `torch.nn.Embedding` that have more axes than that,
-        for all or by module name. By default the first; in torch's own transformer layers made with
-        ``batch_first=False`` the second. Give 1 for a recurrent net whose data has time first.
+        Axis of the samples in the inputs of `torch.nn.Linear` (also with low-rank factors) and `torch.nn.Embedding`
+        that have more axes than that, for all or by module name. By default the first; in torch's own transformer
+        layers made with ``batch_first=False`` the second. Give 1 for a recurrent net whose data has time first.
     reference : callable, optional
         Another mean gradient to take a drift of, column ``mu_ref``: ``reference(model)`` gives gradients by
         parameter name, `lipdyn_torch.reference.MeanGradient` for example (theory 2.7).
