@@ -197,14 +197,19 @@ def _respond(
             return
         caught.responses[i] = response
         responses.append(response)
+    rates = [_rate(groups[id(p)], caught.lr) if id(p) in groups else 0.0 for p in watch.parameters]
+
+    def folded(parts: list[Tensor]) -> list[Tensor]:
+        """Drifts of several parameters, each at its own rate and with its decoupled decay."""
+        terms = zip(rates, parts, responses, watch.values, strict=True)
+        return [rate * (part.double() + r.decay * x.double()) for rate, part, r, x in terms]
+
     if len(responses) == 1:
         (only,) = responses
         drifts, caught.gain, caught.decay = [only.drift], only.gain, only.decay
         weights = None if only.weights is None else [only.weights]
     else:  # several rates, gains and decays are folded into the parameters' own factors
-        rates = [_rate(groups[id(p)], caught.lr) if id(p) in groups else 0.0 for p in watch.parameters]
-        values = [x.double() for x in watch.values]
-        drifts = [rate * (r.drift + r.decay * x) for rate, r, x in zip(rates, responses, values, strict=True)]
+        drifts = folded([r.drift for r in responses])
         weights = [
             rate * r.gain * (torch.ones_like(r.drift) if r.weights is None else r.weights).double()
             for rate, r in zip(rates, responses, strict=True)
@@ -224,14 +229,12 @@ def _respond(
     caught.bent = 0.0 if bent is None else float(spectrum.u @ bent[spectrum.group] @ spectrum.v)
     if reference is not None:
         others = [
-            mean_drift(groups[id(p)], r, reference[id(p)], p) * _rate(groups[id(p)], caught.lr)
-            if id(p) in reference and r.gain
+            mean_drift(groups[id(p)], r, reference.get(id(p), torch.zeros_like(r.drift)), p)
+            if r.gain
             else torch.zeros_like(r.drift)
             for p, r in zip(watch.parameters, responses, strict=True)
         ]
-        if len(others) > 1:
-            others = [other.double() for other in others]
-        caught.reference = seen(others)
+        caught.reference = seen(others if len(others) == 1 else folded(others))
 
 
 def _rate(group: dict[str, Any], lr: float) -> float:
