@@ -358,16 +358,19 @@ def _one_by_one(single: Pass, group: int) -> Iterator[Tensor]:
 
 
 def without_samples(layers: Sequence[Caught], keep_gradients: bool = False) -> None:
-    """Every sample's gradient of a layer without samples is known: it is zero, in a batch of the other layers' size."""
+    """Every sample's gradient of a layer without samples is known: it is zero, in a batch of the other layers' size.
+
+    For an empty batch two samples stand, as there is no covariance of fewer.
+    """
     batch = max((caught.batch for caught in layers), default=0)
     for caught in layers:
-        if caught.idle and caught.drift is not None and not caught.problems and batch > 0:
-            caught.batch, shape = batch, caught.spectrum.matrix.shape
+        if caught.idle and caught.drift is not None and not caught.problems:
+            caught.batch, size, shape = batch, batch or 2, caught.spectrum.matrix.shape
             zeros = partial(caught.spectrum.matrix.new_zeros, dtype=torch.float64)
-            gradients = zeros(batch, *shape) if keep_gradients and _can_be_kept(caught) else None
+            gradients = zeros(size, *shape) if keep_gradients and _can_be_kept(caught) else None
             squares = None if caught.mean is None else zeros(*shape)
             caught.noise = GradientNoise(
-                zeros(batch, shape[0]), zeros(batch, shape[1]), squares, caught.mean, gradients=gradients
+                zeros(size, shape[0]), zeros(size, shape[1]), squares, caught.mean, gradients=gradients
             )
 
 

@@ -39,7 +39,7 @@ __all__ = ["LipschitzMonitor"]
 
 _T = TypeVar("_T")
 
-BATCH_NORM = "BatchNorm mixes samples in training: noise terms are heuristic"
+BATCH_NORM = "BatchNorm mixes samples: noise terms are heuristic"
 UNEQUAL = "layers saw different numbers of samples"
 NO_SHARE = "samples had no gradient in any layer: if the loss ignores them, noise terms take them for zeros"
 CHANGED = "weight was changed since the last step"
@@ -543,7 +543,8 @@ class LipschitzMonitor:
         settle(caught)
         if self._keep_gradients:
             self.noise = {c.watch.name: c.noise for c in caught if isinstance(c.noise, GradientNoise)}
-        if any(norm.training for norm in self._batch_norms):
+        # without running statistics it takes those of the batch in evaluation too
+        if any(norm.training or norm.running_mean is None for norm in self._batch_norms):
             for layer in caught:
                 if layer.noise is not None:
                     layer.notes.append(BATCH_NORM)

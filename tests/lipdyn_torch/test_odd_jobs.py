@@ -774,6 +774,18 @@ def test_a_weight_without_a_shape_yet_is_skipped():
         assert monitor.skipped == {"0": "its weight has no shape yet; run one forward pass first"}
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.MultiheadAttention])
+def test_weights_without_storage_are_skipped(kind):
+    """As in a model that is loaded piece by piece."""
+    reason = "its weight is on the meta device; load it, or give it storage, first"
+    model = nn.ModuleList([kind(4, 2, device="meta"), nn.Linear(4, 2)])
+    monitor = LipschitzMonitor(model, sgd(model))
+    assert monitor.layers == ["1"]
+    assert set(monitor.skipped.values()) == {reason}
+    with pytest.raises(NoSupportedLayerError, match=reason):
+        LipschitzMonitor(model[:1], sgd(model[:1]))
+
+
 @pytest.mark.parametrize("kind", ["full", "independent"])
 def test_a_reference_from_the_very_loader_of_the_training(kind):
     """Its generator, NumPy's and Python's are as they were; another monitor does not take its passes for training."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from lipdyn_torch import LipschitzMonitor
+from lipdyn_torch import LipschitzMonitor, sde
 from lipdyn_torch.errors import LayerReplacedError, SilentHookError
 from lipdyn_torch.history import ResumeError
 from lipdyn_torch.layers import register_rule
@@ -455,17 +455,58 @@ def test_the_step_may_be_under_autocast():
 LAYERS = [nn.Linear(6, 3), nn.Conv1d(2, 3, 2), nn.Embedding(6, 3)]
 
 
+NO_SAMPLES = "no samples reached this layer"
+
+
+@pytest.mark.parametrize("noise", ["full", "split", "factor"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
-def test_an_empty_batch_is_a_row_without_forces(layer):
+def test_an_empty_batch_has_no_noise(layer, noise):
     def loop(model, optimizer):
         x = {nn.Linear: torch.ones(0, 6), nn.Conv1d: torch.ones(0, 2, 4)}.get(type(layer), torch.ones(0, 2).long())
         model(x).square().sum().backward()
         optimizer.step()
 
-    rows = run(loop, model=nn.Sequential(layer))
+    rows = run(loop, model=nn.Sequential(layer), noise=noise)
+    forces = [*FORCES, "gHg"] + ["kappa_var", "kappa_cov", "lambda_sq_var", "lambda_sq_cov"] * (noise != "full")
     assert [row["batch"] for row in rows] == [0, 0]
-    assert all(math.isnan(row["kappa"]) and row["status"] != "ok" for row in rows)
+    assert [row["status"] for row in rows] == [NO_SAMPLES, f"0: {NO_SAMPLES}"]
+    assert all(row[key] == 0.0 for row in rows for key in forces if key != "gHg" or row["layer"] != "network")
     assert rows[0]["dz"] == 0.0
+
+
+@pytest.mark.parametrize("sampling", ["iid", "shuffle"])
+@pytest.mark.parametrize(
+    ("settings", "drift"),
+    [({}, 0.0), ({"momentum": 0.9}, 0.0), ({"momentum": 0.5, "weight_decay": 0.1}, -0.1 / (1 - 0.5))],
+)
+def test_an_empty_batch_among_others(settings, drift, sampling):
+    """Momentum and decay move the weights; the long-run effect of this step is that of the decay alone."""
+
+    def loop(model, optimizer):
+        for samples in (8, 8, 0, 8, 8):
+            optimizer.zero_grad()
+            model(torch.randn(samples, 6, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, **settings)
+    with LipschitzMonitor(model, optimizer, sampling=sampling, dataset_size=16) as monitor:
+        loop(model, optimizer)
+    for row in monitor.history:
+        if row["layer"] == "network":
+            continue
+        if row["step"] != 2:
+            assert (row["status"], row["batch"]) == ("ok", 8)
+            continue
+        assert (row["status"], row["batch"], row["kappa"], row["lambda_sq"]) == (NO_SAMPLES, 0, 0.0, 0.0)
+        assert row["mu"] == pytest.approx(drift, rel=1e-12)
+        assert (row["dz"] != 0.0) == ("momentum" in settings)
+    found = sde(monitor.history)
+    assert all(map(math.isfinite, [*found.predicted, *found.half_width]))
+    if sampling == "shuffle":  # the bridge closes after two batches, with or without the empty one between
+        assert found.half_width[[2, 3, 5]] == pytest.approx(0.0, abs=1e-9)
+        assert found.half_width[4] > 0.0
 
 
 def test_a_large_weight_set_to_zero():
