@@ -378,27 +378,44 @@ def settle(layers: Sequence[Caught]) -> float:
     """Bring all layers' samples to the units of the gradients they belong to, and check that they sum to them.
 
     Returns the common factor by which gradients were changed between backward pass and step: the inverse of a
-    loss scale, or that of clipping by norm.
+    loss scale, or that of clipping by norm. Layers that were clipped in groups have factors of their own.
     """
     known = [caught for caught in layers if caught.noise is not None]
     factors = [nearest_factor(c.noise, c.whole) for c in known if c.noise is not None and c.whole is not None]
-    factor = common_factor(factors, max(c.eps for c in known)) if known else 1.0
-    for caught, (own, deviation) in zip(known, factors, strict=True):
+    common = common_factor(factors, max(c.eps for c in known)) if known else 1.0
+    for caught, nearest in zip(known, factors, strict=True):
         assert caught.noise is not None
         assert caught.whole is not None
-        if factor != factor:
+        if common != common:
             caught.noise, caught.problems = None, [*caught.problems, LOST]
             continue
-        noise = caught.noise if factor == 1.0 else caught.noise.scaled(factor)
-        error = mismatch(noise, caught.whole)
-        # in half precision the sum's rounding hides what a factor of the layer's own still shows
-        slack = factor_slack(deviation / abs(factor), caught.eps) + caught.tolerance
-        apart = deviation <= FACTOR_ERROR * abs(own) and abs(own / factor - 1.0) > slack
-        if error <= caught.tolerance and not (caught.eps > 1e-4 and apart):
-            caught.noise = noise
-            if factor != 1.0:
-                caught.notes.append(f"{RESCALED}: factor {factor:.3g}")
-        else:
+        factor = _factor(caught, common, *nearest)
+        if factor is None:
+            error = mismatch(caught.noise.scaled(common), caught.whole)
             caught.noise = None
             caught.problems.append(f"{MISMATCH} (relative {error:.1e}): clipped by value, or used elsewhere?")
-    return factor
+        elif factor != 1.0:
+            caught.noise = caught.noise.scaled(factor)
+            caught.notes.append(f"{RESCALED}: factor {factor:.3g}")
+    return common
+
+
+def _factor(caught: Caught, common: float, own: float, deviation: float) -> float | None:
+    """What a layer's gradient was multiplied by: as in the other layers, or by a number of its own; None if neither."""
+    assert caught.noise is not None
+    assert caught.whole is not None
+    # in half precision the sum's rounding hides what a factor of the layer's own still shows
+    slack = factor_slack(deviation / abs(common), caught.eps) + caught.tolerance
+    apart = deviation <= FACTOR_ERROR * abs(own) and abs(own / common - 1.0) > slack
+    fits = mismatch(caught.noise.scaled(common), caught.whole) <= caught.tolerance
+    if fits and not (caught.eps > 1e-4 and apart):
+        return common
+    # One of its own must leave no more than rounding of the gradient, and next to nothing of what the others leave:
+    # what was clipped by value, or has another gradient in it, is hardly a multiple. Of a single number everything is.
+    own = 1.0 if abs(own - 1.0) <= factor_slack(deviation, caught.eps) else own
+    gained = min((abs(own - other) for other in (common, 1.0) if other != own), default=0.0)
+    numbers = sum(seen.numel() for seen in caught.whole)
+    rounding = FACTOR_ERROR if caught.eps > 1e-4 else caught.tolerance
+    if not (numbers > 2 and deviation * numbers**0.5 < min(FACTOR_ERROR * gained, rounding * own)):
+        return None
+    return own if mismatch(caught.noise.scaled(own), caught.whole) <= caught.tolerance else None
