@@ -24,7 +24,7 @@ from lipdyn_torch._collect import Caught, collect, settle, without_samples
 from lipdyn_torch._hooks import Switch, listen
 from lipdyn_torch._measure import Measurement, network_row
 from lipdyn_torch._settings import batch_dims, check_settings, check_types, checked_sinks, innermost
-from lipdyn_torch.distributed import active, agree, share
+from lipdyn_torch.distributed import active, agree, share, total
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
 from lipdyn_torch.history import History, ResumeError, Sink
 from lipdyn_torch.layers import EmbeddingRule
@@ -452,7 +452,11 @@ class LipschitzMonitor:
 
     def _agree(self, period: int) -> int:
         """All processes measure the same steps: those the slowest of them can afford."""
-        return agree(period, self._watches[0].spectrum.matrices.device, self._group)
+        return agree(period, self._device, self._group)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._watches[0].spectrum.matrices.device
 
     def _finish(self, measured: bool) -> None:
         """Count the step and decide on the next."""
@@ -493,10 +497,11 @@ class LipschitzMonitor:
         if not all(watch.cleared() for watch in caught):
             return
         skipped = False
-        if any(watch.accumulated for watch in caught):  # else none was on its way to a step, here or elsewhere
-            overflowed = any(watch.overflowed() for watch in caught)
-            skipped = self._agree(int(overflowed)) > 0 and not self._inside
         batch = max(sum(p.samples for p in watch.merged(self._switch) if p.counted) for watch in self._watches)
+        if any(watch.accumulated for watch in caught):  # else none was on its way to a step, here or elsewhere
+            overflowed = int(any(watch.overflowed() for watch in caught))
+            overflowed, batch = total([overflowed, batch], self._device, self._group)
+            skipped = overflowed > 0 and not self._inside
         for watch in self._watches:
             watch.forget()
         self._switch.forget()
