@@ -57,6 +57,7 @@ class Caught:
     still: bool = False  # without a gradient: the optimiser passes it by
     idle: bool = False  # without samples, but with a gradient of zeros
     lengths: tuple[int, ...] = ()  # all axes of an output of the layer but the last
+    latent: bool = False  # its input was a parameter itself
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     drift: Pair | None = None
@@ -112,7 +113,7 @@ def collect(
         watch.problems[EDITED] = None
     owned = [groups.get(id(p)) for p in watch.parameters if p.requires_grad]
     lr = max((float(group["lr"]) for group in owned if group), default=_largest_rate(optimizer))
-    caught = Caught(watch, lr, frozen=not watch.trained, lengths=watch.lengths)
+    caught = Caught(watch, lr, frozen=not watch.trained, lengths=watch.lengths, latent=watch.latent)
     merged = watch.merged(switch)
     passes = [single for single in merged if single.counted]
     caught.eps = max(watch.eps, *(torch.finfo(p.dtype).eps for p in watch.parameters))

@@ -105,6 +105,7 @@ class Watch:
     reached: set[int] = field(default_factory=set, init=False)  # backward passes with such gradients
     eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
     lengths: tuple[int, ...] = field(default=(), init=False)  # all axes of an output but the last
+    latent: bool = field(default=False, init=False)  # the input was a parameter itself
 
     def __post_init__(self) -> None:
         self._read(None)
@@ -177,6 +178,7 @@ class Watch:
             return
         self.eps = max(self.eps, torch.finfo(call.delta.dtype).eps)
         self.lengths = tuple(call.delta.shape[:-1])
+        self.latent |= isinstance(call.x, nn.Parameter)
         if self.spectrum.triplet is None:
             return
         if self.hold:
@@ -233,7 +235,7 @@ class Watch:
         """Drop what was received."""
         self.passes, self.problems = {}, {}
         self.accumulated, self.eps, self.totals, self.versions, self.reached = False, 0.0, [], {}, set()
-        self.lengths = ()
+        self.lengths, self.latent = (), False
 
 
 def failure(error: Exception) -> str:

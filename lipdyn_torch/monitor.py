@@ -46,6 +46,7 @@ CHANGED = "weight was changed since the last step"
 CLEARED = "step skipped: gradients were cleared without a step"
 AHEAD = "forward pass was made before the last step, while the monitor was not listening"
 POSITIONS = "indices without a batch axis, as many as there are samples: taken for one for each sample"
+LATENT = "a parameter without a batch axis, as many rows as there are samples: taken for one for each sample"
 ADDED = (
     "expected the parameters the optimizer had when the monitor was attached, got more: they are not monitored; close "
     "the monitor and attach a new one"
@@ -616,10 +617,13 @@ def _note_samples(layers: list[Caught]) -> None:
     if not known:
         return
     batch = known[0].batch
-    if any(layer.lengths == (batch, batch) for layer in known):
-        for layer in known:
-            if isinstance(layer.watch.rule, EmbeddingRule) and layer.lengths == (batch,):
+    shapes = [layer.lengths for layer in known]
+    for layer in known:
+        if layer.lengths == (batch,):
+            if isinstance(layer.watch.rule, EmbeddingRule) and (batch, batch) in shapes:
                 layer.notes.append(POSITIONS)
+            if layer.latent and max(map(len, shapes)) > 1:
+                layer.notes.append(LATENT)
     silent = torch.stack([c.noise.silent for c in known if c.noise is not None]).all(0)
     count = int(silent.sum())
     if 0 < count < batch:
