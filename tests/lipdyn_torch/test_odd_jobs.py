@@ -211,6 +211,24 @@ def test_what_is_no_factor_of_a_layers_own(change, dtype, common):
     assert all("contributions" not in found[name] for name in "04")
 
 
+def test_next_to_nothing_is_no_multiple():
+    """Where the samples nearly cancel, and something else nearly cancels what is left: compared with the samples, the
+    rest is a small multiple of their mean.
+    """
+    model = three()
+    optimizer = sgd(model)
+    x, a = torch.randn(64, 20).repeat(2, 1), torch.randn(64, 10)
+    a = torch.cat([a, -a]) + 1e-2 * torch.randn(128, 10)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        (model(x) * a).sum(1).mean().backward()
+        g = model[2].weight.grad
+        g.copy_(1e-3 * (g + 0.2 * g.std() * torch.randn_like(g)))
+        optimizer.step()
+    found = statuses(monitor)
+    assert "contributions do not sum to the gradient" in found["2"]
+    assert (found["0"], found["4"]) == ("ok", "ok")
+
+
 def test_a_weight_of_one_number_tells_no_factor_of_its_own():
     """Any two gradients of it are multiples of each other."""
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 1))

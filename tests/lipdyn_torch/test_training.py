@@ -13,11 +13,12 @@ from torch.nn import functional
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from lipdyn_torch import LipschitzMonitor, sde
+from lipdyn_torch import LipschitzMonitor
 from lipdyn_torch.errors import LayerReplacedError, SilentHookError
 from lipdyn_torch.history import ResumeError
 from lipdyn_torch.layers import register_rule
 from lipdyn_torch.low_rank import LowRankSumRule
+from lipdyn_torch.predict import sde
 
 FORCES = ["mu", "kappa", "lambda_sq"]
 
