@@ -178,7 +178,6 @@ class Watch:
             return
         self.eps = max(self.eps, torch.finfo(call.delta.dtype).eps)
         self.lengths = tuple(call.delta.shape[:-1])
-        self.latent |= isinstance(call.x, nn.Parameter)
         if self.spectrum.triplet is None:
             return
         if self.hold:
@@ -312,6 +311,9 @@ class _ForwardHook:
             if not tap.switch.on:  # that was the measured step
                 return
         x = tap.rule.inputs(module, args, kwargs)
+        if isinstance(next(iter((*args, *kwargs.values())), None), nn.Parameter):
+            for watch, _ in tap.feeds:
+                watch.latent = True
         if x is not None:
             for watch, _ in tap.feeds:
                 watch.refresh()

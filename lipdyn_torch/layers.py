@@ -102,8 +102,6 @@ class LayerRule:
     def inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What must be kept of a call until the gradient of its output is known; None if it cannot be read."""
         x = args[0] if args else kwargs.get("input")
-        if isinstance(x, nn.Parameter):  # still to be told from data
-            return nn.Parameter(x.detach(), requires_grad=False)
         return x.detach() if isinstance(x, Tensor) else None
 
     def output(self, module: Any, output: Any) -> Tensor | None:
