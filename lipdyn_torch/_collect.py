@@ -57,6 +57,7 @@ class Caught:
     still: bool = False  # without a gradient: the optimiser passes it by
     idle: bool = False  # without samples, but with a gradient of zeros
     lengths: tuple[int, ...] = ()  # all axes of an output of the layer but the last
+    latent: bool = False  # its input was a parameter itself
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     drift: Pair | None = None
@@ -112,7 +113,7 @@ def collect(
         watch.problems[EDITED] = None
     owned = [groups.get(id(p)) for p in watch.parameters if p.requires_grad]
     lr = max((float(group["lr"]) for group in owned if group), default=_largest_rate(optimizer))
-    caught = Caught(watch, lr, frozen=not watch.trained, lengths=watch.lengths)
+    caught = Caught(watch, lr, frozen=not watch.trained, lengths=watch.lengths, latent=watch.latent)
     merged = watch.merged(switch)
     passes = [single for single in merged if single.counted]
     caught.eps = max(watch.eps, *(torch.finfo(p.dtype).eps for p in watch.parameters))
@@ -197,14 +198,19 @@ def _respond(
             return
         caught.responses[i] = response
         responses.append(response)
+    rates = [_rate(groups[id(p)], caught.lr) if id(p) in groups else 0.0 for p in watch.parameters]
+
+    def folded(parts: list[Tensor]) -> list[Tensor]:
+        """Drifts of several parameters, each at its own rate and with its decoupled decay."""
+        terms = zip(rates, parts, responses, watch.values, strict=True)
+        return [rate * (part.double() + r.decay * x.double()) for rate, part, r, x in terms]
+
     if len(responses) == 1:
         (only,) = responses
         drifts, caught.gain, caught.decay = [only.drift], only.gain, only.decay
         weights = None if only.weights is None else [only.weights]
     else:  # several rates, gains and decays are folded into the parameters' own factors
-        rates = [_rate(groups[id(p)], caught.lr) if id(p) in groups else 0.0 for p in watch.parameters]
-        values = [x.double() for x in watch.values]
-        drifts = [rate * (r.drift + r.decay * x) for rate, r, x in zip(rates, responses, values, strict=True)]
+        drifts = folded([r.drift for r in responses])
         weights = [
             rate * r.gain * (torch.ones_like(r.drift) if r.weights is None else r.weights).double()
             for rate, r in zip(rates, responses, strict=True)
@@ -224,14 +230,12 @@ def _respond(
     caught.bent = 0.0 if bent is None else float(spectrum.u @ bent[spectrum.group] @ spectrum.v)
     if reference is not None:
         others = [
-            mean_drift(groups[id(p)], r, reference[id(p)], p) * _rate(groups[id(p)], caught.lr)
-            if id(p) in reference and r.gain
+            mean_drift(groups[id(p)], r, reference.get(id(p), torch.zeros_like(r.drift)), p)
+            if r.gain
             else torch.zeros_like(r.drift)
             for p, r in zip(watch.parameters, responses, strict=True)
         ]
-        if len(others) > 1:
-            others = [other.double() for other in others]
-        caught.reference = seen(others)
+        caught.reference = seen(others if len(others) == 1 else folded(others))
 
 
 def _rate(group: dict[str, Any], lr: float) -> float:
@@ -355,16 +359,19 @@ def _one_by_one(single: Pass, group: int) -> Iterator[Tensor]:
 
 
 def without_samples(layers: Sequence[Caught], keep_gradients: bool = False) -> None:
-    """Every sample's gradient of a layer without samples is known: it is zero, in a batch of the other layers' size."""
+    """Every sample's gradient of a layer without samples is known: it is zero, in a batch of the other layers' size.
+
+    For an empty batch two samples stand, as there is no covariance of fewer.
+    """
     batch = max((caught.batch for caught in layers), default=0)
     for caught in layers:
-        if caught.idle and caught.drift is not None and not caught.problems and batch > 0:
-            caught.batch, shape = batch, caught.spectrum.matrix.shape
+        if caught.idle and caught.drift is not None and not caught.problems:
+            caught.batch, size, shape = batch, batch or 2, caught.spectrum.matrix.shape
             zeros = partial(caught.spectrum.matrix.new_zeros, dtype=torch.float64)
-            gradients = zeros(batch, *shape) if keep_gradients and _can_be_kept(caught) else None
+            gradients = zeros(size, *shape) if keep_gradients and _can_be_kept(caught) else None
             squares = None if caught.mean is None else zeros(*shape)
             caught.noise = GradientNoise(
-                zeros(batch, shape[0]), zeros(batch, shape[1]), squares, caught.mean, gradients=gradients
+                zeros(size, shape[0]), zeros(size, shape[1]), squares, caught.mean, gradients=gradients
             )
 
 
@@ -372,27 +379,44 @@ def settle(layers: Sequence[Caught]) -> float:
     """Bring all layers' samples to the units of the gradients they belong to, and check that they sum to them.
 
     Returns the common factor by which gradients were changed between backward pass and step: the inverse of a
-    loss scale, or that of clipping by norm.
+    loss scale, or that of clipping by norm. Layers that were clipped in groups have factors of their own.
     """
     known = [caught for caught in layers if caught.noise is not None]
     factors = [nearest_factor(c.noise, c.whole) for c in known if c.noise is not None and c.whole is not None]
-    factor = common_factor(factors, max(c.eps for c in known)) if known else 1.0
-    for caught, (own, deviation) in zip(known, factors, strict=True):
+    common = common_factor(factors, max(c.eps for c in known)) if known else 1.0
+    for caught, nearest in zip(known, factors, strict=True):
         assert caught.noise is not None
         assert caught.whole is not None
-        if factor != factor:
+        if common != common:
             caught.noise, caught.problems = None, [*caught.problems, LOST]
             continue
-        noise = caught.noise if factor == 1.0 else caught.noise.scaled(factor)
-        error = mismatch(noise, caught.whole)
-        # in half precision the sum's rounding hides what a factor of the layer's own still shows
-        slack = factor_slack(deviation / abs(factor), caught.eps) + caught.tolerance
-        apart = deviation <= FACTOR_ERROR * abs(own) and abs(own / factor - 1.0) > slack
-        if error <= caught.tolerance and not (caught.eps > 1e-4 and apart):
-            caught.noise = noise
-            if factor != 1.0:
-                caught.notes.append(f"{RESCALED}: factor {factor:.3g}")
-        else:
+        factor = _factor(caught, common, *nearest)
+        if factor is None:
+            error = mismatch(caught.noise.scaled(common), caught.whole)
             caught.noise = None
             caught.problems.append(f"{MISMATCH} (relative {error:.1e}): clipped by value, or used elsewhere?")
-    return factor
+        elif factor != 1.0:
+            caught.noise = caught.noise.scaled(factor)
+            caught.notes.append(f"{RESCALED}: factor {factor:.3g}")
+    return common
+
+
+def _factor(caught: Caught, common: float, own: float, deviation: float) -> float | None:
+    """What a layer's gradient was multiplied by: as in the other layers, or by a number of its own; None if neither."""
+    assert caught.noise is not None
+    assert caught.whole is not None
+    # in half precision the sum's rounding hides what a factor of the layer's own still shows
+    slack = factor_slack(deviation / abs(common), caught.eps) + caught.tolerance
+    apart = deviation <= FACTOR_ERROR * abs(own) and abs(own / common - 1.0) > slack
+    fits = mismatch(caught.noise.scaled(common), caught.whole) <= caught.tolerance
+    if fits and not (caught.eps > 1e-4 and apart):
+        return common
+    # One of its own must leave no more than rounding of the gradient, and next to nothing of what the others leave:
+    # what was clipped by value, or has another gradient in it, is hardly a multiple. Of a single number everything is.
+    own = 1.0 if abs(own - 1.0) <= factor_slack(deviation, caught.eps) else own
+    gained = min((abs(own - other) for other in (common, 1.0) if other != own), default=0.0)
+    numbers = sum(seen.numel() for seen in caught.whole)
+    rounding = FACTOR_ERROR if caught.eps > 1e-4 else caught.tolerance
+    if not (numbers > 2 and deviation * numbers**0.5 < min(FACTOR_ERROR * gained, rounding * own)):
+        return None
+    return own if mismatch(caught.noise.scaled(own), caught.whole) <= caught.tolerance else None

@@ -105,6 +105,7 @@ class Watch:
     reached: set[int] = field(default_factory=set, init=False)  # backward passes with such gradients
     eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
     lengths: tuple[int, ...] = field(default=(), init=False)  # all axes of an output but the last
+    latent: bool = field(default=False, init=False)  # the input was a parameter itself
 
     def __post_init__(self) -> None:
         self._read(None)
@@ -233,7 +234,7 @@ class Watch:
         """Drop what was received."""
         self.passes, self.problems = {}, {}
         self.accumulated, self.eps, self.totals, self.versions, self.reached = False, 0.0, [], {}, set()
-        self.lengths = ()
+        self.lengths, self.latent = (), False
 
 
 def failure(error: Exception) -> str:
@@ -310,6 +311,9 @@ class _ForwardHook:
             if not tap.switch.on:  # that was the measured step
                 return
         x = tap.rule.inputs(module, args, kwargs)
+        if isinstance(next(iter((*args, *kwargs.values())), None), nn.Parameter):
+            for watch, _ in tap.feeds:
+                watch.latent = True
         if x is not None:
             for watch, _ in tap.feeds:
                 watch.refresh()

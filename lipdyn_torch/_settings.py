@@ -26,14 +26,14 @@ def innermost(optimizer: Any) -> Any:
 
 
 def batch_dims(model: nn.Module, given: object) -> dict[str, int]:
-    """Axis of the samples by module name, where it is not the first."""
+    """Axis of the samples by module name, where it is not the first: that of torch's own layers, unless given."""
     names = {name for name, _ in model.named_modules()}
     dims: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            dim = 0 if module.self_attn.batch_first else 1
+            dims |= {f"{name}.{child}".lstrip("."): dim for child, _ in module.named_modules() if child}
     if given is None:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-                dim = 0 if module.self_attn.batch_first else 1
-                dims |= {f"{name}.{child}".lstrip("."): dim for child, _ in module.named_modules() if child}
         return dims
     by_name: Mapping[Any, Any] = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
     for name, dim in by_name.items():

@@ -24,7 +24,7 @@ from torch import Tensor
 from lipdyn_torch._bridge import Pair, Spectrum, hessian_diagonal, hessian_pairing
 from lipdyn_torch.noise import GradientNoise, NoiseTerms
 
-__all__ = ["JointNoise", "active", "agree", "combine", "full", "local", "pool", "share", "summarise"]
+__all__ = ["JointNoise", "active", "agree", "combine", "full", "local", "pool", "share", "summarise", "total"]
 
 ELSEWHERE = "noise terms not known in every process"
 
@@ -81,6 +81,21 @@ def agree(number: int, device: torch.device, group: dist.ProcessGroup | None = N
     largest = torch.tensor(number, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return int(largest)
+
+
+def total(numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:
+    """Sums of the processes' numbers; all processes must call it.
+
+    Examples
+    --------
+    >>> total([3, 4], torch.device("cpu"))
+    [3, 4]
+    """
+    if not active(group):
+        return list(numbers)
+    sums = torch.tensor(numbers, device=device)
+    dist.all_reduce(sums, group=group)
+    return [int(number) for number in sums]
 
 
 class Layer(Protocol):
@@ -238,16 +253,23 @@ def combine(
         The same in every process; None where any process had none, or where the matrix is not linear in its
         parameters (a sum of a frozen matrix and trained factors).
     """
+    return _exchange(layers, [0] * len(layers), group)[0]
+
+
+def _exchange(
+    layers: Sequence[tuple[Spectrum, GradientNoise | None]], samples: Sequence[int], group: dist.ProcessGroup | None
+) -> tuple[list[JointNoise | None], list[int]]:
+    """The same, and how many samples all processes have of each layer: they are counted where no noise is known too."""
     layers = [(spectrum, None if noise is None or _bent(noise) else noise) for spectrum, noise in layers]
     own = [None if noise is None else summarise(noise, spectrum) for spectrum, noise in layers]
     shapes = [(spectrum.u.shape[0], spectrum.v.shape[0]) if spectrum.triplet else (0, 0) for spectrum, _ in layers]
     scatter = _scatter(layers)
     packed = [_pack(part, *shape, scatter) for part, shape in zip(own, shapes, strict=True)]
-    vector = torch.cat([*packed, scatter.flatten()])
+    vector = torch.cat([*packed, scatter.flatten(), scatter.new_tensor(samples)])
     received = [torch.empty_like(vector) for _ in range(dist.get_world_size(group))]
     dist.all_gather(received, vector, group=group)
     cuts = [_HEAD + m + n for m, n in shapes]
-    pieces = [list(torch.split(other, [*cuts, scatter.numel()])) for other in received]
+    pieces = [list(torch.split(other, [*cuts, scatter.numel(), len(samples)])) for other in received]
     joint: list[JointNoise | None] = []
     means = scatter.new_zeros(len(pieces), len(layers))
     scale = scatter.new_ones(len(pieces), len(layers))
@@ -264,19 +286,19 @@ def combine(
         scale[:, index] = scale.new_tensor(weights)
         offsets = [float((part.p - whole.p) @ spectrum.u) * part.batch**0.5 for part in parts]
         means[:, index] = means.new_tensor(offsets)
-    inside = torch.stack([piece[-1].reshape(scatter.shape) for piece in pieces])
+    inside = torch.stack([piece[-2].reshape(scatter.shape) for piece in pieces])
     inside = (scale[:, :, None] * inside * scale[:, None, :]).sum(0)
-    return _with_scores(joint, inside + means.T @ means)
+    counts = torch.stack([piece[-1] for piece in pieces]).sum(0).tolist()
+    return _with_scores(joint, inside + means.T @ means), list(map(round, counts))
 
 
 def share(layers: Sequence[Layer], group: dist.ProcessGroup | None = None) -> None:
-    """Put the joint batch's noise in place of this process's, in each layer; all processes must call it."""
-    joint = combine([(layer.spectrum, layer.noise) for layer in layers], group)
-    for layer, noise in zip(layers, joint, strict=True):
-        layer.noise = noise
-        if noise is not None:
-            layer.batch = noise.batch
-        elif not layer.problems and not layer.frozen and layer.spectrum.triplet is not None:
+    """Put the joint batch and its noise in place of this process's, in each layer; all processes must call it."""
+    own = [(layer.spectrum, layer.noise) for layer in layers]
+    joint, counts = _exchange(own, [layer.batch for layer in layers], group)
+    for layer, noise, batch in zip(layers, joint, counts, strict=True):
+        layer.noise, layer.batch = noise, batch
+        if noise is None and not layer.problems and not layer.frozen and layer.spectrum.triplet is not None:
             layer.problems.append(ELSEWHERE)
 
 

@@ -302,12 +302,12 @@ def epoch_means(v: ArrayLike, batch: ArrayLike, dataset_size: int) -> NDArray[np
     steps = _epochs(v, batch, dataset_size)
     epoch = np.cumsum([first for _, _, first in steps])
     scaled = np.array([v_k * m_k for v_k, m_k, _ in steps])
-    known = ~np.isnan(scaled)
+    sizes = np.array([m_k for _, m_k, _ in steps])
+    known = ~np.isnan(scaled) & (sizes > 0)  # frozen layers see no samples, nor does an empty batch
     sums = np.bincount(epoch[known], scaled[known], minlength=len(steps) + 1)
     means = sums / np.maximum(np.bincount(epoch[known], minlength=len(steps) + 1), 1)
-    sizes = np.array([m_k for _, m_k, _ in steps])
-    spread = np.divide(means[epoch], sizes, out=np.zeros(len(steps)), where=sizes > 0)  # frozen layers see no samples
-    return np.where(known, spread, np.nan)
+    spread = np.divide(means[epoch], sizes, out=np.zeros(len(steps)), where=sizes > 0)
+    return np.where(np.isnan(scaled), np.nan, spread)
 
 
 def sample_paths(
@@ -342,11 +342,11 @@ def sample_paths(
         starts = [k for k, (_, _, first) in enumerate(_epochs(v, sizes, dataset_size)) if first]
         for start, stop in zip(starts, [*starts[1:], len(v)], strict=True):
             inside = slice(start, stop)
-            sums = np.sqrt(sizes[inside]) * rng.standard_normal((paths, stop - start))
+            roots, drawn = np.sqrt(sizes[inside]), rng.standard_normal((paths, stop - start))
             unseen = max(0.0, dataset_size - sizes[inside].sum())
             rest = math.sqrt(unseen) * rng.standard_normal((paths, 1))
-            epoch_mean = (sums.sum(1, keepdims=True) + rest) / dataset_size
-            noise[:, inside] = np.sqrt(v[inside] * sizes[inside]) * (sums / sizes[inside] - epoch_mean)
+            epoch_mean = ((roots * drawn).sum(1, keepdims=True) + rest) / dataset_size
+            noise[:, inside] = np.sqrt(v[inside]) * (drawn - roots * epoch_mean)
     return np.asarray(mean) + np.concatenate([np.zeros((paths, 1)), np.cumsum(noise, axis=1)], axis=1)
 
 

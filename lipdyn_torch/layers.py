@@ -302,8 +302,8 @@ class EmbeddingRule(LayerRule):
     @staticmethod
     def _read(module: nn.Embedding, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Indices (M, T) and gradients (M, T, n) in float64; the padding entry learns nothing."""
-        index = x.reshape(x.shape[0], -1) if x.ndim else x.reshape(1, 1)
-        delta = delta.to(torch.float64).reshape(*index.shape, -1)
+        index = x.reshape(x.shape[0], math.prod(x.shape[1:])) if x.ndim else x.reshape(1, 1)
+        delta = delta.to(torch.float64).reshape(*index.shape, delta.shape[-1])
         if module.padding_idx is not None:
             delta = delta * (index != module.padding_idx)[..., None]
         return index, delta
@@ -370,6 +370,8 @@ def unsupported_reason(module: nn.Module, rule: LayerRule | None = None) -> str 
                 return "its weight is computed from other parameters (a parametrisation)"
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 return "its weight has no shape yet; run one forward pass first"
+            if parameter.is_meta:
+                return "its weight is on the meta device; load it, or give it storage, first"
             if not parameter.is_floating_point():
                 return f"its weight is not real floating-point but {str(parameter.dtype).removeprefix('torch.')}"
             if parameter.numel() == 0:

@@ -24,7 +24,7 @@ from lipdyn_torch._collect import Caught, collect, settle, without_samples
 from lipdyn_torch._hooks import Switch, listen
 from lipdyn_torch._measure import Measurement, network_row
 from lipdyn_torch._settings import batch_dims, check_settings, check_types, checked_sinks, innermost
-from lipdyn_torch.distributed import active, agree, share
+from lipdyn_torch.distributed import active, agree, share, total
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
 from lipdyn_torch.history import History, ResumeError, Sink
 from lipdyn_torch.layers import EmbeddingRule
@@ -39,13 +39,14 @@ __all__ = ["LipschitzMonitor"]
 
 _T = TypeVar("_T")
 
-BATCH_NORM = "BatchNorm mixes samples in training: noise terms are heuristic"
+BATCH_NORM = "BatchNorm mixes samples: noise terms are heuristic"
 UNEQUAL = "layers saw different numbers of samples"
 NO_SHARE = "samples had no gradient in any layer: if the loss ignores them, noise terms take them for zeros"
 CHANGED = "weight was changed since the last step"
 CLEARED = "step skipped: gradients were cleared without a step"
 AHEAD = "forward pass was made before the last step, while the monitor was not listening"
 POSITIONS = "indices without a batch axis, as many as there are samples: taken for one for each sample"
+LATENT = "a parameter without a batch axis, as many rows as there are samples: taken for one for each sample"
 ADDED = (
     "expected the parameters the optimizer had when the monitor was attached, got more: they are not monitored; close "
     "the monitor and attach a new one"
@@ -135,9 +136,9 @@ class LipschitzMonitor:
     dataset_size : int, optional
         Number of samples of an epoch, for the bands with "shuffle".
     batch_dim : int or mapping of str to int, optional
-        Axis of the samples in the inputs of `torch.nn.Linear` and `torch.nn.Embedding` that have more axes than that,
-        for all or by module name. By default the first; in torch's own transformer layers made with
-        ``batch_first=False`` the second. Give 1 for a recurrent net whose data has time first.
+        Axis of the samples in the inputs of `torch.nn.Linear` (also with low-rank factors) and `torch.nn.Embedding`
+        that have more axes than that, for all or by module name. By default the first; in torch's own transformer
+        layers made with ``batch_first=False`` the second. Give 1 for a recurrent net whose data has time first.
     reference : callable, optional
         Another mean gradient to take a drift of, column ``mu_ref``: ``reference(model)`` gives gradients by
         parameter name, `lipdyn_torch.reference.MeanGradient` for example (theory 2.7).
@@ -452,7 +453,11 @@ class LipschitzMonitor:
 
     def _agree(self, period: int) -> int:
         """All processes measure the same steps: those the slowest of them can afford."""
-        return agree(period, self._watches[0].spectrum.matrices.device, self._group)
+        return agree(period, self._device, self._group)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._watches[0].spectrum.matrices.device
 
     def _finish(self, measured: bool) -> None:
         """Count the step and decide on the next."""
@@ -493,10 +498,11 @@ class LipschitzMonitor:
         if not all(watch.cleared() for watch in caught):
             return
         skipped = False
-        if any(watch.accumulated for watch in caught):  # else none was on its way to a step, here or elsewhere
-            overflowed = any(watch.overflowed() for watch in caught)
-            skipped = self._agree(int(overflowed)) > 0 and not self._inside
         batch = max(sum(p.samples for p in watch.merged(self._switch) if p.counted) for watch in self._watches)
+        if any(watch.accumulated for watch in caught):  # else none was on its way to a step, here or elsewhere
+            overflowed = int(any(watch.overflowed() for watch in caught))
+            overflowed, batch = total([overflowed, batch], self._device, self._group)
+            skipped = overflowed > 0 and not self._inside
         for watch in self._watches:
             watch.forget()
         self._switch.forget()
@@ -543,7 +549,8 @@ class LipschitzMonitor:
         settle(caught)
         if self._keep_gradients:
             self.noise = {c.watch.name: c.noise for c in caught if isinstance(c.noise, GradientNoise)}
-        if any(norm.training for norm in self._batch_norms):
+        # without running statistics it takes those of the batch in evaluation too
+        if any(norm.training or norm.running_mean is None for norm in self._batch_norms):
             for layer in caught:
                 if layer.noise is not None:
                     layer.notes.append(BATCH_NORM)
@@ -610,10 +617,13 @@ def _note_samples(layers: list[Caught]) -> None:
     if not known:
         return
     batch = known[0].batch
-    if any(layer.lengths == (batch, batch) for layer in known):
-        for layer in known:
-            if isinstance(layer.watch.rule, EmbeddingRule) and layer.lengths == (batch,):
+    shapes = [layer.lengths for layer in known]
+    for layer in known:
+        if layer.lengths == (batch,):
+            if isinstance(layer.watch.rule, EmbeddingRule) and (batch, batch) in shapes:
                 layer.notes.append(POSITIONS)
+            if layer.latent and max(map(len, shapes)) > 1:
+                layer.notes.append(LATENT)
     silent = torch.stack([c.noise.silent for c in known if c.noise is not None]).all(0)
     count = int(silent.sum())
     if 0 < count < batch:

@@ -342,7 +342,8 @@ def common_factor(factors: Sequence[tuple[float, float]], eps: float) -> float:
     Returns
     -------
     float
-        1 where at least half of the layers say so; else the best known; NaN where none is known.
+        1 where at least half of the layers say so, or the best known does; else that, a negative one only if all are;
+        NaN where none is known.
 
     Examples
     --------
@@ -355,4 +356,5 @@ def common_factor(factors: Sequence[tuple[float, float]], eps: float) -> float:
     if not known:
         return 1.0 if eps < 1e-4 or all(error == math.inf for _, error in factors) else _NAN
     untouched = sum(abs(c - 1.0) <= factor_slack(error, eps) for c, error in known)
-    return 1.0 if 2 * untouched >= len(known) else min(known, key=lambda pair: pair[1] / abs(pair[0]))[0]
+    best, error = min(known, key=lambda pair: (pair[0] < 0.0, pair[1] / abs(pair[0])))
+    return 1.0 if 2 * untouched >= len(known) or abs(best - 1.0) <= factor_slack(error, eps) else best

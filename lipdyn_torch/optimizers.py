@@ -6,7 +6,8 @@ are the *long-run* effects of one step's gradient, valid over windows much longe
 
 - `torch.optim.SGD`, heavy ball and Nesterov: ``b = -eta_eff gbar``, ``C = eta_eff^2 Sigma`` with
   ``eta_eff = eta (1 - tau) / (1 - beta)``. The covariance of a single step, ``eta^2 Sigma / (1 - beta^2)``, ignores
-  that successive steps share gradients and is far too small.
+  that successive steps share gradients and is far too small. The very first gradient torch takes over undamped, as if
+  tau were zero.
 - `torch.optim.RMSprop`: ``b = -eta_eff W o gbar``, ``C = eta_eff^2 diag(W) Sigma diag(W)`` with
   ``W = 1/(sqrt(v) + eps)`` as it is in this step and ``eta_eff = eta / (1 - momentum)``.
 - `torch.optim.Adam`, `torch.optim.AdamW`: ``b = -eta W o mhat`` (measured), ``C = eta^2 diag(W) Sigma diag(W)``
@@ -140,8 +141,9 @@ def _sgd(group: dict[str, Any], state: dict[str, Any], g: Tensor, parameter: Ten
         return Response(g, g, lr)
     if not 0.0 < beta < 1.0:
         return f"momentum {beta:g}: the responses to a gradient have no sum"
-    held = state.get("momentum_buffer")
-    buffer = g if held is None else beta * _held(state, "momentum_buffer", g) + (1.0 - tau) * g
+    if state.get("momentum_buffer") is None:  # the first gradient becomes the buffer as it is
+        tau = 0.0
+    buffer = beta * _held(state, "momentum_buffer", g) + (1.0 - tau) * g
     gain = (1.0 - tau) / (1.0 - beta)
     return Response(gain * g, g + beta * buffer if group["nesterov"] else buffer, lr, gain)
 

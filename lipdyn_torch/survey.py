@@ -13,7 +13,8 @@ from lipdyn_torch._hooks import Switch, Tap, Watch
 from lipdyn_torch.errors import NoSupportedLayerError, UnownedParametersError
 from lipdyn_torch.fallback import FallbackRule
 from lipdyn_torch.history import NETWORK
-from lipdyn_torch.layers import LayerRule, find_rule, unsupported_reason
+from lipdyn_torch.layers import EmbeddingRule, LayerRule, LinearRule, find_rule, unsupported_reason
+from lipdyn_torch.low_rank import LowRankSumRule
 
 __all__ = ["Entry", "Report", "Survey", "survey"]
 
@@ -85,7 +86,9 @@ def survey(model: nn.Module, optimizer: Optimizer, switch: Switch, hold: bool, b
             found.entries.append(Entry(_row_name(path, module), type(module).__name__, "skipped", reason or "no rule"))
             continue
         covered |= {id(child) for cover in rule.covers(module) for child in cover.modules()}
-        _add_module(found, path, Tap(module, rule, switch, batch_dims.get(path, 0)), known, owned, hold)
+        # images have the samples first, and rules of the user's own and attention say themselves where they are
+        dim = batch_dims.get(path, 0) if isinstance(rule, LinearRule | EmbeddingRule | LowRankSumRule) else 0
+        _add_module(found, path, Tap(module, rule, switch, dim), known, owned, hold)
     _check(found, model, optimizer)
     return found
 

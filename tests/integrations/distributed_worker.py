@@ -87,12 +87,17 @@ def trained(
     parts: int = 1,
     late: bool = False,
     probe: bool = False,
+    cut: int = 4,
+    overflow: bool = False,
+    groups: bool = False,
     **settings: object,
 ) -> tuple[list[dict], list[Tensor]]:
     """Rows and weights of a run with half of each batch; with rank None, of one process with all of it.
 
     With trouble, the second process cannot read the second layer in step 1. Each batch comes in so many parts; late,
-    shards are reduced with the last of them only. With probe, the first process takes a gradient of its own once.
+    shards are reduced with the last of them only. With probe, the first process takes a gradient of its own once. The
+    first process gets ``cut`` samples; with overflow, the loss of step 1 is not finite in one of them, and the scaler
+    leaves that step out. With groups, the first and the second layer are clipped by norm, each by itself.
     """
     from lipdyn_torch import LipschitzMonitor
     from lipdyn_torch.distributed import full
@@ -108,22 +113,27 @@ def trained(
             if isinstance(layer, nn.Linear):
                 fully_shard(layer)
         fully_shard(model)
-    make = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam}[optimizer]
+    make = getattr(torch.optim, optimizer)
     optim = make(model.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=overflow)
     if reference:
         settings["reference"] = mean_gradient()
     with LipschitzMonitor(model, optim, noise="split", **settings) if watch else nullcontext() as monitor:
         for step in range(steps):
             x, y = batch(step)
-            part = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
+            part = slice(None) if rank is None else (slice(cut), slice(cut, None))[rank]
             optim.zero_grad()
             for i, (a, b) in enumerate(zip(x[part].chunk(parts), y[part].chunk(parts), strict=True)):
                 if late:
                     model.set_requires_gradient_sync(i + 1 == parts)
-                (nn.functional.cross_entropy(called(a), b) / parts).backward()
+                loss = nn.functional.cross_entropy(called(a), b) / parts
+                scaler.scale(loss * torch.inf if overflow and step == 1 and rank == 0 else loss).backward()
             if trouble and rank == 1 and step == 1:
                 monitor._watches[1].problems["made up"] = None
-            optim.step()
+            for layer, limit in ((model[0], 0.01), (model[2], 0.02)) if groups else ():
+                nn.utils.clip_grad_norm_(layer.parameters(), limit)
+            scaler.step(optim)
+            scaler.update()
             if probe and rank == 0 and step == 1:
                 torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
     rows = monitor.history.rows if watch else []
@@ -163,6 +173,10 @@ SCENARIOS = {
     "fsdp-late": lambda rank: trained(rank, "fsdp", parts=2, late=True),
     "ddp-probe": lambda rank: trained(rank, "ddp", probe=True),
     "collectives": collectives,
+    "ddp-uneven": lambda rank: trained(rank, "ddp", cut=5),
+    "ddp-unknown": lambda rank: trained(rank, "ddp", "Adagrad", cut=5),
+    "ddp-overflow": lambda rank: trained(rank, "ddp", cut=5, overflow=True),
+    "ddp-clipped": lambda rank: trained(rank, "ddp", groups=True),
     "fsdp-adam": lambda rank: trained(rank, "fsdp", "Adam"),
 }
 

@@ -168,6 +168,25 @@ def test_trouble_in_one_process_holds_up_none(combined):
             assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("kind", ["ddp-uneven", "ddp-unknown", "ddp-overflow"])
+def test_samples_are_counted_in_all_processes(combined, kind):
+    """Five here and three there, whether or not anything is known of their noise, or the step was made."""
+    (first, _), (second, _) = (run[kind] for run in combined)
+    assert {row["batch"] for row in first} == {8}
+    assert list(dict.fromkeys(row["step"] for row in first)) == [0, 1, 2, 3]
+    pd.testing.assert_frame_equal(pd.DataFrame(first), pd.DataFrame(second))
+    skipped = {row["step"] for row in first if "gradients were cleared without a step" in row["status"]}
+    assert skipped == ({1} if kind == "ddp-overflow" else set())
+    assert all("not known for this optimiser" in row["status"] for row in first) == (kind == "ddp-unknown")
+
+
+def test_layers_clipped_in_groups_in_two_processes(combined):
+    want = pd.DataFrame(worker.trained(None, "alone", groups=True)[0])
+    assert want["status"].str.contains("rescaled").tolist() == [True, True, False, True] * 4
+    for run in combined:
+        pd.testing.assert_frame_equal(pd.DataFrame(run["ddp-clipped"][0]), want, rtol=1e-10, atol=1e-12)
+
+
 def test_automatic_steps_are_the_same_in_every_process(combined):
     """One process could afford every step, the other none: the slower decides."""
     for run in combined:

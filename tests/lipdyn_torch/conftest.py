@@ -31,10 +31,10 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)  # of SGD
     head_lr: float | None = None  # the last layer in its own parameter group
 
-    @property
-    def gain(self) -> float:
-        """Sum of the responses to one gradient (theory 5)."""
-        return (1 - self.settings.get("dampening", 0.0)) / (1 - self.settings.get("momentum", 0.0))
+    def gain(self, step: int) -> float:
+        """Sum of the responses to the gradient of that step (theory 5); the first is not damped."""
+        dampening = self.settings.get("dampening", 0.0) if step else 0.0
+        return (1 - dampening) / (1 - self.settings.get("momentum", 0.0))
 
     def model(self, dtype: torch.dtype = torch.float64) -> nn.Sequential:
         torch.manual_seed(11)

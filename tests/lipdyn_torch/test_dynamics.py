@@ -90,3 +90,14 @@ def test_bridge_of_noisy_estimates_closes_at_the_end_of_every_epoch():
     np.testing.assert_allclose(smooth.reshape(3, 16).mean(1), v.reshape(3, 16).mean(1))
     constant = np.full(48, 0.01)
     np.testing.assert_allclose(dynamics.epoch_means(constant, sizes, dataset_size=256), constant)
+
+
+def test_an_empty_batch_takes_no_part_in_its_epoch():
+    v, sizes, where = np.array([0.2, 0.3, 0.0, 0.1]), np.array([4, 4, 0, 4]), [0, 1, 3]
+    without = dynamics.epoch_means(v[where], sizes[where], 12)
+    averaged = dynamics.epoch_means(v, sizes, 12)
+    assert averaged[where] == pytest.approx(without, rel=1e-14)
+    assert averaged[2] == 0.0
+    paths = dynamics.sample_paths(np.zeros(5), averaged, sizes, paths=40_000, dataset_size=12)
+    assert np.array_equal(paths[:, 2], paths[:, 3])
+    assert paths.var(0) == pytest.approx(dynamics.bridge_variance(averaged, sizes, 12), rel=0.03, abs=1e-12)

@@ -458,6 +458,16 @@ def test_batch_norm_is_remarked():
     assert one_row(model, optimizer, backward, "0")["status"] == "ok"
 
 
+def test_batch_norm_without_running_statistics_is_remarked_in_evaluation_too():
+    """It then takes those of the batch: what one sample gives depends on the others."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 2)).eval()
+    x = torch.randn(5, 4)
+    assert not torch.allclose(model(x)[:2], model(x[:2]), atol=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    row = one_row(model, optimizer, lambda: model(x).square().mean().backward(), "0")
+    assert row["status"] == "BatchNorm mixes samples: noise terms are heuristic"
+
+
 # --- schedule and records ------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,7 @@ def test_the_monitor_keeps_the_factor(case, make):
     for row in monitor.history.rows[:-1]:
         spectrum, noise = spectra[row["layer"]], monitor.noise[row["layer"]]
         F = noise.factor()
-        gain = case.gain if make is None else 1.0
+        gain = case.gain(0) if make is None else 1.0
         J = torch.outer(spectrum.u, spectrum.v).flatten()
         assert row["lr"] * gain**2 * float((F @ J).square().sum()) / row["sigma"] ** 2 == pytest.approx(
             row["lambda_sq"], rel=1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dense_forces import forces, per_sample
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -68,6 +70,8 @@ def test_gradients_set_to_zero_before_the_step(which):
 def test_factors_of_zero_are_not_factors():
     assert common_factor([(0.0, 0.0), (0.0, 0.0)], 1e-7) == 1.0
     assert common_factor([(0.0, 0.0), (0.5, 1e-9)], 1e-7) == 0.5
+    assert common_factor([(-0.5, 0.0), (0.5, 1e-9)], 1e-7) == 0.5
+    assert common_factor([(-0.5, 0.0), (-0.5, 1e-9)], 1e-7) == -0.5
 
 
 @pytest.mark.parametrize("factor", [0.3, 0.8, 0.94, 1.0, 1.3])
@@ -93,20 +97,146 @@ def test_clipping_under_autocast(factor):
             assert half[key] == pytest.approx(plain[key], rel=0.1)
 
 
+def three() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+
 def test_one_layer_scaled_in_half_precision():
     """Half precision hides it from the sum, where the samples are large beside it; not from the factor."""
-    model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    rows = []
+    for enabled in (False, True):
+        model = three()
+        optimizer = sgd(model, 0.05)
+        x, y = torch.randn(256, 20), torch.arange(256) % 10
+        with LipschitzMonitor(model, optimizer) as monitor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            model[2].weight.grad.mul_(0.6)
+            optimizer.step()
+        rows.append(monitor.history.rows)
+    for plain, half in zip(*rows, strict=True):
+        if half["layer"] != "network":
+            assert half["status"] == plain["status"]
+            assert half["status"] == (
+                "gradients were rescaled after the backward pass: factor 0.6" * (half["layer"] == "2") or "ok"
+            )
+        for key in ("lambda_sq", "kappa"):
+            assert half[key] == pytest.approx(plain[key], rel=0.1)
+
+
+@pytest.mark.parametrize("noise", ["full", "split"])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("clipped", [("0", "2"), ("0", "2", "4"), ("2",)], ids="-".join)
+def test_layers_clipped_by_norm_one_by_one(clipped, make, noise):
+    """What the optimiser sees are the samples times a factor of each layer: against the dense definition."""
+    model = three().double()
+    optimizer = make(model.parameters(), lr=1e-3)
+    x, y = torch.randn(16, 20, dtype=torch.float64), torch.arange(16) % 10
+    names = ["0.weight", "2.weight", "4.weight"]
+
+    def loss(model, i):
+        return nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1]) / 16
+
+    with LipschitzMonitor(model, optimizer, noise=noise) as monitor:
+        nn.functional.cross_entropy(model(x), y).backward()
+        Gs = {name: per_sample(model, [name], loss, 16) for name in names}
+        old = {name: model.get_parameter(name).detach().clone() for name in names}
+        factors = dict.fromkeys(names, 1.0)
+        for index, layer in enumerate(clipped):
+            limit = 10.0 ** (-1 - index)
+            factors[f"{layer}.weight"] = limit / (
+                float(nn.utils.clip_grad_norm_(model[int(layer)].weight, limit)) + 1e-6
+            )
+        optimizer.step()
+    scores = []
+    for row, name in zip(monitor.history.rows, names, strict=False):
+        p, c = model.get_parameter(name), factors[name]
+        g = p.grad.reshape(-1)
+        W = torch.ones_like(g) if make is torch.optim.SGD else 1 / (g.abs() + 1e-8)  # of the first step
+        wanted = forces([old[name]], lambda w: w, c * Gs[name], W, -1e-3 * W * g, 1e-3)
+        keys = ["mu", "kappa", "lambda_sq", "gHg"] + ["kappa_var", "lambda_sq_var"] * (noise == "split")
+        for key in keys:
+            assert row[key] == pytest.approx(getattr(wanted, key), rel=1e-6), (name, key)
+        assert row["status"] == (
+            "ok" if c == 1.0 else f"gradients were rescaled after the backward pass: factor {c:.3g}"
+        )
+        U, s, Vh = torch.linalg.svd(old[name])
+        scores.append((W * c * Gs[name]) @ torch.outer(U[:, 0], Vh[0]).reshape(-1) / s[0])
+    variance = float(sum(scores).var()) / 16
+    assert monitor.history.rows[-1]["lambda_sq"] == pytest.approx(1e-3 * variance, rel=1e-6)
+
+
+def by_value(model):
+    nn.utils.clip_grad_value_(model[2].weight, float(model[2].weight.grad.abs().quantile(0.9)))
+
+
+def upside_down(model):
+    model[2].weight.grad.neg_()
+
+
+def penalty(model):
+    model[2].weight.grad += 1e-2 * model[2].weight.detach()
+
+
+def other_samples(model):
+    twin = copy.deepcopy(model)  # past the monitor
+    nn.functional.cross_entropy(twin(torch.randn(256, 20).to(model[0].weight)), torch.arange(256) % 10).backward()
+    model[2].weight.grad += twin[2].weight.grad
+
+
+def masked(model):
+    model[2].weight.grad[:3] = 0.0
+
+
+@pytest.mark.parametrize("common", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("change", [by_value, upside_down, penalty, other_samples, masked])
+def test_what_is_no_factor_of_a_layers_own(change, dtype, common):
+    """Whatever else the others' gradients have gone through: no number times the samples is this gradient."""
+    model = three().to(torch.float64 if dtype == torch.float64 else torch.float32)
     optimizer = sgd(model, 0.05)
-    x, y = torch.randn(256, 20), torch.arange(256) % 10
-    monitor = LipschitzMonitor(model, optimizer)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = nn.functional.cross_entropy(model(x), y)
-    loss.backward()
-    model[2].weight.grad.mul_(0.8)
-    optimizer.step()
+    x, y = torch.randn(256, 20).to(model[0].weight), torch.arange(256) % 10
+    with LipschitzMonitor(model, optimizer) as monitor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        change(model)
+        for p in model.parameters():
+            p.grad.mul_(common)
+        optimizer.step()
     found = statuses(monitor)
+    assert "contributions do not sum to the gradient" in found["2"]
+    assert all("contributions" not in found[name] for name in "04")
+
+
+def test_next_to_nothing_is_no_multiple():
+    """Where the samples nearly cancel, and something else nearly cancels what is left: compared with the samples, the
+    rest is a small multiple of their mean.
+    """
+    model = three()
+    optimizer = sgd(model)
+    x, a = torch.randn(64, 20).repeat(2, 1), torch.randn(64, 10)
+    a = torch.cat([a, -a]) + 1e-2 * torch.randn(128, 10)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        (model(x) * a).sum(1).mean().backward()
+        g = model[2].weight.grad
+        g.copy_(1e-3 * (g + 0.2 * g.std() * torch.randn_like(g)))
+        optimizer.step()
+    found = statuses(monitor)
+    assert "contributions do not sum to the gradient" in found["2"]
     assert (found["0"], found["4"]) == ("ok", "ok")
-    assert "contributions do not sum" in found["2"]
+
+
+def test_a_weight_of_one_number_tells_no_factor_of_its_own():
+    """Any two gradients of it are multiples of each other."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 1))
+    optimizer = sgd(model)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        (model(torch.randn(8, 6)).square().mean() + model[4].weight.square().sum()).backward()
+        optimizer.step()
+    assert "contributions do not sum to the gradient" in statuses(monitor)["4"]
 
 
 def test_a_large_weight_that_moves_otherwise_is_seen():
@@ -772,6 +902,18 @@ def test_a_weight_without_a_shape_yet_is_skipped():
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
     with LipschitzMonitor(model, sgd(model)) as monitor:
         assert monitor.skipped == {"0": "its weight has no shape yet; run one forward pass first"}
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.MultiheadAttention])
+def test_weights_without_storage_are_skipped(kind):
+    """As in a model that is loaded piece by piece."""
+    reason = "its weight is on the meta device; load it, or give it storage, first"
+    model = nn.ModuleList([kind(4, 2, device="meta"), nn.Linear(4, 2)])
+    monitor = LipschitzMonitor(model, sgd(model))
+    assert monitor.layers == ["1"]
+    assert set(monitor.skipped.values()) == {reason}
+    with pytest.raises(NoSupportedLayerError, match=reason):
+        LipschitzMonitor(model[:1], sgd(model[:1]))
 
 
 @pytest.mark.parametrize("kind", ["full", "independent"])

@@ -13,6 +13,8 @@ from lipdyn_torch import LipschitzMonitor, pathwise, sde
 RETAINED = "several backward passes through one forward pass"
 POSITIONS = "indices without a batch axis, as many as there are samples: taken for one for each sample"
 
+LATENT = "a parameter without a batch axis, as many rows as there are samples: taken for one for each sample"
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -281,6 +283,54 @@ def test_positions_that_could_be_samples(M, T):
                 assert (found["tokens"], found["positions"], found["head"]) == ("ok", POSITIONS, "ok")
             else:
                 assert "different numbers of samples" in found["positions"]
+
+
+class Latents(nn.Module):
+    """Queries that are learned, one head of attention over the tokens, and a head of the usual kind."""
+
+    def __init__(self, expanded: bool) -> None:
+        super().__init__()
+        self.queries, self.expanded = nn.Parameter(torch.randn(5, 4)), expanded
+        self.q, self.k, self.v = nn.Linear(4, 6), nn.Linear(3, 6), nn.Linear(3, 6)
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        queries = self.q(self.queries.expand(len(x), -1, -1) if self.expanded else self.queries)
+        found = torch.softmax(queries @ self.k(x).mT, -1) @ self.v(x)
+        return self.head(torch.tanh(self.inner(found)).mean(1))
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("M", [5, 7])
+def test_learned_queries_that_could_be_samples(M, expanded):
+    model = Latents(expanded)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with LipschitzMonitor(model, optimizer, noise="split") as monitor:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(M, 9, 3)).square().mean().backward()
+            optimizer.step()
+    found = statuses(monitor)
+    network = found.pop("network")
+    if expanded:
+        assert set(found.values()) == {"ok"}
+    elif M == 5:
+        assert found == {"q": LATENT, "k": "ok", "v": "ok", "inner": "ok", "head": "ok"}
+        assert network == f"q: {LATENT}"
+    else:
+        assert "different numbers of samples: 5, 7" in found["q"]
+
+
+def test_codes_that_are_learned_for_each_sample():
+    """All samples in one batch: the rows of the parameter are what it is taken for."""
+    codes = nn.Parameter(torch.randn(8, 6))
+    model = mlp()
+    optimizer = torch.optim.SGD([codes, *model.parameters()], lr=0.1)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        model(codes).square().mean().backward()
+        optimizer.step()
+    assert set(statuses(monitor).values()) == {"ok"}
+    assert codes.grad is not None
 
 
 def test_another_optimizer_takes_over():

@@ -10,7 +10,9 @@ from dense_forces import compare, forces, per_sample
 from torch import nn
 from torch.nn import functional
 
-from lipdyn_torch import LipschitzMonitor
+from lipdyn_torch import LipschitzMonitor, MeanGradient
+from lipdyn_torch.layers import register_rule
+from lipdyn_torch.low_rank import LowRankSumRule
 
 OPTIMIZERS = {
     "adam": lambda p: torch.optim.Adam(p, lr=2e-3),
@@ -42,13 +44,13 @@ def setting(noise: str):
     return model, x, y, noise
 
 
-def long_run(optimizer: torch.optim.Optimizer, p: nn.Parameter, old: torch.Tensor, grad: torch.Tensor):
+def long_run(optimizer: torch.optim.Optimizer, p: nn.Parameter, old: torch.Tensor, grad: torch.Tensor, first: bool):
     """(W, gain, b) of theory 5, read from the state after the step."""
     group, state = optimizer.param_groups[0], optimizer.state[p]
     lr, change, decay = float(group["lr"]), p.detach() - old, group["weight_decay"]
     ones = torch.ones_like(p).detach()
     if isinstance(optimizer, torch.optim.SGD):
-        gain = (1 - group["dampening"]) / (1 - group["momentum"])
+        gain = (1 if first else 1 - group["dampening"]) / (1 - group["momentum"])  # the first gradient is not damped
         return ones, gain, -lr * gain * (grad + decay * old)
     if isinstance(optimizer, torch.optim.Adam):
         second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
@@ -80,7 +82,7 @@ def test_forces_are_their_dense_definition(name, noise):
         rows = {row["layer"]: row for row in monitor.history if row["step"] == step}
         for layer in monitor.layers:
             p = model.get_parameter(f"{layer}.weight")
-            W, gain, b = long_run(optimizer, p, old[layer], p.grad)
+            W, gain, b = long_run(optimizer, p, old[layer], p.grad, step == 0)
             lr = float(optimizer.param_groups[0]["lr"])
             expected = forces([old[layer]], lambda w: w.flatten(1), G[layer], W.reshape(-1), b.reshape(-1), lr, gain)
             if "adamw" in name:
@@ -168,3 +170,91 @@ def test_momentum_noise_by_simulation(nesterov):
     assert float(moved.var()) == pytest.approx(window * per_step, rel=0.12)
     naive = steps * per_step * (1 - beta) ** 2 / (1 - beta**2)
     assert float(moved.var()) > 10 * naive
+
+
+MOMENTUM = {
+    "heavy-ball": {"momentum": 0.9},
+    "dampened": {"momentum": 0.9, "dampening": 0.6},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+}
+
+
+@pytest.mark.parametrize("settings", MOMENTUM.values(), ids=list(MOMENTUM))
+def test_the_long_run_of_each_gradient_by_simulation(settings):
+    """What torch's own steps make of one more gradient, with zeros ever after; the first fills an empty buffer."""
+    torch.manual_seed(0)
+    lr, x, y = 0.01, torch.randn(3, 8, 4, dtype=torch.float64), torch.randn(3, 8, 3, dtype=torch.float64)
+
+    def moved(gradients):
+        p = nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+        optimizer = torch.optim.SGD([p], lr=lr, **settings)
+        for g in [*gradients, *[torch.zeros(3, 4, dtype=torch.float64)] * 500]:
+            p.grad = g.clone()
+            optimizer.step()
+        return p.detach()
+
+    layer = nn.Linear(4, 3, bias=False).double()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=lr, **settings)
+
+    def loss(model, i):
+        return (model(x[i]) - y[i]).square().sum(1).mean()
+
+    same_batch = iter(range(3))
+    reference = MeanGradient([x], lambda model, _: loss(model, next(same_batch)))
+    gradients = []
+    with LipschitzMonitor(layer, optimizer, reference=reference) as monitor:
+        for i in range(3):
+            old = layer.weight.detach().clone()
+            G = per_sample(layer, ["weight"], lambda m, j, i=i: (m(x[i, j : j + 1]) - y[i, j]).square().sum() / 8, 8)
+            optimizer.zero_grad()
+            loss(layer, i).backward()
+            gradients.append(layer.weight.grad.clone())
+            optimizer.step()
+            b = (moved(gradients) - moved([*gradients[:-1], torch.zeros_like(old)])).reshape(-1)
+            gain = float(b.norm() / (lr * gradients[-1].norm()))
+            expected = forces([old], lambda w: w, G, torch.ones_like(b), b, lr, gain)
+            row = monitor.history.rows[-2]
+            compare(row, expected)
+            assert row["mu_ref"] == pytest.approx(expected.mu, rel=1e-10)
+
+
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(6, 5)
+        self.up, self.down = nn.Parameter(torch.randn(5, 2)), nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+register_rule(Adapted, LowRankSumRule("base.weight", "up", "down"))
+
+
+@pytest.mark.parametrize("trained", ["all", "factors"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, betas=(0.0, 0.9)),
+        lambda groups: torch.optim.SGD(groups, lr=1e-2, weight_decay=0.1, momentum=0.9),
+        lambda groups: torch.optim.RMSprop(groups, lr=1e-2, weight_decay=0.1),
+    ],
+    ids=["adamw", "sgd", "rmsprop"],
+)
+def test_the_reference_of_the_very_batch_is_the_drift(make, trained):
+    """Weight decay of every kind included, also where a matrix is made of several parameters with their own rates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Adapted(), nn.Tanh(), nn.Linear(5, 3)).double()
+    model[0].base.weight.requires_grad_(trained == "all")
+    others = [p for name, p in model.named_parameters() if name != "0.up"]
+    optimizer = make([{"params": [model[0].up], "lr": 2e-2, "weight_decay": 0.3}, {"params": others}])
+    x = torch.randn(8, 6, dtype=torch.float64)
+    reference = MeanGradient([x], lambda model, x: model(x).square().mean())
+    with LipschitzMonitor(model, optimizer, reference=reference) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    for row in monitor.history:
+        assert row["status"] == "ok"
+        assert row["mu_ref"] == pytest.approx(row["mu"], rel=1e-10)

@@ -94,10 +94,10 @@ def test_every_term_is_its_dense_definition(case):
             check_path(row, W, D)
             observed = largest_singular_value(W + D).log() - dense.sigma.log()
             check("dz", row["dz"], observed, 1.0)
-            check("gHg", row["gHg"], case.gain**2 * dense.g @ dense.H @ dense.g)
+            check("gHg", row["gHg"], case.gain(step) ** 2 * dense.g @ dense.H @ dense.g)
             assert (row["lr"], row["batch"], row["status"]) == (lr, case.batch, "ok")
-            check_forces(row, dense, W, lr, optimizer.defaults, case.gain)
-            joint[name] = (lr * case.gain, dense.J / dense.sigma, (G - G.mean(0)).flatten(1))
+            check_forces(row, dense, W, lr, optimizer.defaults, case.gain(step))
+            joint[name] = (lr * case.gain(step), dense.J / dense.sigma, (G - G.mean(0)).flatten(1))
         check_network(rows, joint, monitor.layers)
 
 

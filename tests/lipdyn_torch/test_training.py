@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from lipdyn_torch import LipschitzMonitor
 from lipdyn_torch.errors import LayerReplacedError, SilentHookError
 from lipdyn_torch.history import ResumeError
+from lipdyn_torch.layers import register_rule
+from lipdyn_torch.low_rank import LowRankSumRule
+from lipdyn_torch.predict import sde
 
 FORCES = ["mu", "kappa", "lambda_sq"]
 
@@ -92,15 +95,69 @@ def test_sequences_with_time_first(steps, named):
         functional.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    dims = {"table": 1, "layer.linear1": 1, "layer.linear2": 1}
-    whole = dims if named else 1
-    same(rows(False, batch_dim=whole), rows(True), rel=1e-7)
+    same(rows(False, batch_dim={"table": 1} if named else 1), rows(True), rel=1e-7)
     untold = rows(False)
     assert all(
         row["kappa"] == pytest.approx(other["kappa"]) for row, other in zip(untold[1:7], rows(True)[1:7], strict=True)
     )
     if steps != 12:  # the table sees five samples, the others twelve
         assert "layers saw different numbers of samples: 5, 12" in untold[0]["status"]
+
+
+def test_a_mapping_overrides_single_layers_of_a_transformer():
+    """By name even torch's own layers may be told otherwise; the others keep their axis."""
+
+    def loop(model, optimizer):
+        functional.cross_entropy(model(torch.arange(60).reshape(5, 12) % 7), data()[1]).backward()
+        optimizer.step()
+
+    usual, told = (run(loop, Encoder(False).double(), batch_dim=dims) for dims in ({}, {"layer.linear1": 0}))
+    assert [(row["layer"], row["batch"]) for row in told if row["batch"] != 12] == [("table", 5), ("layer.linear1", 5)]
+    assert [row["layer"] for row in usual if row["batch"] != 12] == ["table"]
+
+
+class Recurrent(nn.Module):
+    """Convolutions and a sum with low-rank factors, before and after what is read with time first."""
+
+    def __init__(self, time_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv, self.body, self.back = nn.Conv1d(2, 6, 3, padding=1), LowRank(), nn.ConvTranspose1d(6, 3, 2)
+        self.head, self.time_first = nn.Linear(3, 3), time_first
+
+    def forward(self, x):
+        x = self.conv(x)  # (M, 6, T)
+        x = x.permute(2, 0, 1) if self.time_first else x.permute(0, 2, 1)
+        x = torch.tanh(self.body(x))
+        x = self.back(x.permute(1, 2, 0) if self.time_first else x.permute(0, 2, 1))
+        return self.head(x.permute(2, 0, 1).mean(0) if self.time_first else x.mean(2))
+
+
+class LowRank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(6, 6).requires_grad_(False)
+        self.up, self.down = nn.Parameter(torch.randn(6, 2)), nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+register_rule(LowRank, LowRankSumRule("base.weight", "up", "down"))
+
+
+@pytest.mark.parametrize("steps", [12, 5], ids=["as many as samples", "fewer"])
+def test_convolutions_have_the_samples_first(steps):
+    """Whatever is said of the layers that read sequences."""
+    x = torch.randn(12, 2, steps, dtype=torch.float64)
+
+    def loop(model, optimizer):
+        functional.cross_entropy(model(x), data()[1]).backward()
+        optimizer.step()
+
+    first = run(loop, Recurrent(False).double())
+    assert {row["status"] for row in first} == {"ok"}
+    same(run(loop, Recurrent(True).double(), batch_dim=1), first)
 
 
 def test_batch_dim_is_checked():
@@ -399,17 +456,58 @@ def test_the_step_may_be_under_autocast():
 LAYERS = [nn.Linear(6, 3), nn.Conv1d(2, 3, 2), nn.Embedding(6, 3)]
 
 
+NO_SAMPLES = "no samples reached this layer"
+
+
+@pytest.mark.parametrize("noise", ["full", "split", "factor"])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
-def test_an_empty_batch_is_a_row_without_forces(layer):
+def test_an_empty_batch_has_no_noise(layer, noise):
     def loop(model, optimizer):
         x = {nn.Linear: torch.ones(0, 6), nn.Conv1d: torch.ones(0, 2, 4)}.get(type(layer), torch.ones(0, 2).long())
         model(x).square().sum().backward()
         optimizer.step()
 
-    rows = run(loop, model=nn.Sequential(layer))
+    rows = run(loop, model=nn.Sequential(layer), noise=noise)
+    forces = [*FORCES, "gHg"] + ["kappa_var", "kappa_cov", "lambda_sq_var", "lambda_sq_cov"] * (noise != "full")
     assert [row["batch"] for row in rows] == [0, 0]
-    assert all(math.isnan(row["kappa"]) and row["status"] != "ok" for row in rows)
+    assert [row["status"] for row in rows] == [NO_SAMPLES, f"0: {NO_SAMPLES}"]
+    assert all(row[key] == 0.0 for row in rows for key in forces if key != "gHg" or row["layer"] != "network")
     assert rows[0]["dz"] == 0.0
+
+
+@pytest.mark.parametrize("sampling", ["iid", "shuffle"])
+@pytest.mark.parametrize(
+    ("settings", "drift"),
+    [({}, 0.0), ({"momentum": 0.9}, 0.0), ({"momentum": 0.5, "weight_decay": 0.1}, -0.1 / (1 - 0.5))],
+)
+def test_an_empty_batch_among_others(settings, drift, sampling):
+    """Momentum and decay move the weights; the long-run effect of this step is that of the decay alone."""
+
+    def loop(model, optimizer):
+        for samples in (8, 8, 0, 8, 8):
+            optimizer.zero_grad()
+            model(torch.randn(samples, 6, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, **settings)
+    with LipschitzMonitor(model, optimizer, sampling=sampling, dataset_size=16) as monitor:
+        loop(model, optimizer)
+    for row in monitor.history:
+        if row["layer"] == "network":
+            continue
+        if row["step"] != 2:
+            assert (row["status"], row["batch"]) == ("ok", 8)
+            continue
+        assert (row["status"], row["batch"], row["kappa"], row["lambda_sq"]) == (NO_SAMPLES, 0, 0.0, 0.0)
+        assert row["mu"] == pytest.approx(drift, rel=1e-12)
+        assert (row["dz"] != 0.0) == ("momentum" in settings)
+    found = sde(monitor.history)
+    assert all(map(math.isfinite, [*found.predicted, *found.half_width]))
+    if sampling == "shuffle":  # the bridge closes after two batches, with or without the empty one between
+        assert found.half_width[[2, 3, 5]] == pytest.approx(0.0, abs=1e-9)
+        assert found.half_width[4] > 0.0
 
 
 def test_a_large_weight_set_to_zero():
@@ -442,8 +540,6 @@ def test_nan_in_one_group_of_a_convolution(group):
 
 def test_a_rule_may_read_more_than_parameters():
     """A scale that changes between two steps belongs to neither of them."""
-    from lipdyn_torch.layers import register_rule
-    from lipdyn_torch.low_rank import LowRankSumRule
 
     class Sum(nn.Module):
         def __init__(self):
