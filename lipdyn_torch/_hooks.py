@@ -313,7 +313,8 @@ class _ForwardHook:
         if x is not None:
             for watch, _ in tap.feeds:
                 watch.refresh()
-            output.register_hook(_OutputHook(tap, x, outer))
+            base, place = _origin(output, (*args, *kwargs.values()))
+            base.register_hook(_OutputHook(tap, x, outer, place))
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _InertHook, ()
@@ -326,17 +327,62 @@ class _InertHook:
         return None
 
 
+class _Place(NamedTuple):
+    """Where the elements of a view are among those of its base, which has these strides."""
+
+    base: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, gradient: Tensor) -> Tensor:
+        """The view's part of a gradient of the base."""
+        if gradient.stride() != self.base:
+            laid_out = torch.empty_strided(gradient.shape, self.base, dtype=gradient.dtype, device=gradient.device)
+            gradient = laid_out.copy_(gradient)
+        return gradient.as_strided(self.shape, self.strides, gradient.storage_offset() + self.offset)
+
+
+def _origin(output: Tensor, inputs: tuple[Any, ...]) -> tuple[Tensor, _Place | None]:
+    """The tensor that waits for the gradient of a module's output, and where the output is in it.
+
+    It is the output itself, unless that is a view: what is later written over a view takes its place in the graph, and
+    hooks on it would never be called. The base keeps its own. A view of an input is left alone: its base is used by
+    others.
+    """
+    base = output._base
+    if base is None or base.is_leaf or not base.requires_grad or type(base) is not Tensor:
+        return output, None
+    if base.dtype != output.dtype or any(x is base or x._base is base for x in inputs if isinstance(x, Tensor)):
+        return output, None
+    reach, whole, offset = _reach(output), _reach(base), output.storage_offset() - base.storage_offset()
+    if reach is None or whole != max(base.numel() - 1, 0) or not 0 <= offset <= whole - reach:
+        return output, None
+    return base, _Place(base.stride(), output.shape, output.stride(), int(offset))
+
+
+def _reach(tensor: Tensor) -> int | None:
+    """How far the last element in memory is from the first; None where elements may share a place."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return None
+        reach += stride * max(size - 1, 0)
+    return reach
+
+
 class _OutputHook:
     """Receives the gradient of one output tensor and forgets the input it belongs to."""
 
-    def __init__(self, tap: Tap, x: Any, outer: int) -> None:
-        self.tap, self.x, self.outer = tap, x, outer
+    def __init__(self, tap: Tap, x: Any, outer: int, place: _Place | None) -> None:
+        self.tap, self.x, self.outer, self.place = tap, x, outer, place
         self.used = False
 
     def __call__(self, delta: Tensor) -> None:
         tap = self.tap
         if not tap.switch.on:
             return
+        delta = delta.detach() if self.place is None else self.place.of(delta.detach())
         backward = torch._C._current_graph_task_id()  # tells micro-batches from several uses in one pass
         if self.used:  # retain_graph: the same samples again
             for watch, _ in tap.feeds:
@@ -353,7 +399,7 @@ class _OutputHook:
                     return
         # in full precision also where the backward pass runs under autocast
         with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-            tap.receive(self.x, delta.detach(), backward)
+            tap.receive(self.x, delta, backward)
         self.used, self.x = True, None
 
 
