@@ -9,6 +9,7 @@ part), inputs and output gradients are kept until the step.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -293,12 +294,17 @@ class _ForwardHook:
         self.tap = tap
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tap = self.tap
         if not torch.is_grad_enabled():
             return
-        if not tap.switch.on:
-            tap.switch.ahead = True
+        if not self.tap.switch.on:
+            self.tap.switch.ahead = True
             return
+        self.watch(module, args, kwargs, output)
+
+    @torch._disable_dynamo  # where a compiled function uses the module: what comes before goes into its graph
+    def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hook the output."""
+        tap = self.tap
         output = tap.rule.output(module, output)
         if output is None or not output.requires_grad or _is_symbolic(output):
             return
@@ -378,6 +384,7 @@ class _OutputHook:
         self.tap, self.x, self.outer, self.place = tap, x, outer, place
         self.used = False
 
+    @torch._disable_dynamo
     def __call__(self, delta: Tensor) -> None:
         tap = self.tap
         if not tap.switch.on:
@@ -404,24 +411,37 @@ class _OutputHook:
 
 
 class _GradientHook:
-    """Notes that a gradient has reached a parameter, whatever the other hooks have seen."""
+    """Notes that a gradient has reached a parameter, whatever the other hooks have seen.
+
+    The garbage collector does not look into what hangs on parameters: a model that could be reached from here would
+    never be freed.
+    """
 
     def __init__(self, watch: Watch, switch: Switch) -> None:
-        self.watch, self.switch = watch, switch
+        self.watch, self.switch = weakref.ref(watch), weakref.ref(switch)
 
     def __call__(self, parameter: Tensor) -> None:
-        if not self.switch.on:
-            self.switch.ahead = False
+        watch, switch = self.watch(), self.switch()
+        if watch is None or switch is None:
+            return
+        if not switch.on:
+            switch.ahead = False
         else:
-            self.watch.accumulated = True
-            backward = torch._C._current_graph_task_id()
-            self.watch.reached.add(backward)
-            self.switch.reached.add(backward)
-            if parameter.grad is not None:
-                gradient = local(parameter.grad.detach())
-                half = gradient.is_floating_point() and gradient.element_size() < 4  # its sum may overflow by itself
-                self.watch.totals.append(gradient.sum(dtype=torch.float32 if half else None))
-                self.watch.versions[id(parameter)] = parameter.grad._version
+            self.note(watch, switch, parameter)
+
+    @staticmethod
+    @torch._disable_dynamo
+    def note(watch: Watch, switch: Switch, parameter: Tensor) -> None:
+        """Remember it, and enough of it to see an overflow."""
+        watch.accumulated = True
+        backward = torch._C._current_graph_task_id()
+        watch.reached.add(backward)
+        switch.reached.add(backward)
+        if parameter.grad is not None:
+            gradient = local(parameter.grad.detach())
+            half = gradient.is_floating_point() and gradient.element_size() < 4  # its sum may overflow by itself
+            watch.totals.append(gradient.sum(dtype=torch.float32 if half else None))
+            watch.versions[id(parameter)] = parameter.grad._version
 
 
 def listen(watch: Watch, switch: Switch) -> list[RemovableHandle]:

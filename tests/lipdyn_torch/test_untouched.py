@@ -251,14 +251,23 @@ def closure(run: Run, optimiser: Callable[[nn.Module], Optimizer]) -> None:
         run.note(step(evaluate))
 
 
-def compiled(run: Run, fullgraph: bool, every: tuple[int, ...] = (2,), closed: int | None = None) -> None:
-    """Measured steps run uncompiled, the others must not: the backend counts its calls.
+def compiled(
+    run: Run,
+    fullgraph: bool,
+    every: tuple[int, ...] = (2,),
+    closed: int | None = None,
+    around: str = "model",
+) -> None:
+    """Measured steps run uncompiled, the others in one graph, as ever: the backend counts its calls and graphs.
 
-    The first of several monitors is closed after step ``closed``.
+    The first of several monitors is closed after step ``closed``. What is compiled may be a function around the model,
+    of which the monitor knows nothing: the loss, the loss and its backward pass, or all of a step.
     """
-    calls = []
+    calls, graphs = [], []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+
         def call(*args: Any) -> Any:
             calls.append(0)
             return graph.forward(*args)
@@ -267,10 +276,19 @@ def compiled(run: Run, fullgraph: bool, every: tuple[int, ...] = (2,), closed: i
 
     torch.compiler.reset()
     model = mlp(nn.Tanh())
-    optimizer = sgd(model)
-    wrapped: Any = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    optimizer = plain_sgd(model)
+
+    def work(x: Tensor, y: Tensor) -> Tensor:
+        loss = functional.cross_entropy(wrapped(x) if around == "model" else model(x), y)
+        if around in ("backward", "step"):
+            loss.backward()
+        if around == "step":
+            optimizer.step()
+        return loss
+
+    wrapped: Any = torch.compile(model if around == "model" else work, backend=backend, fullgraph=fullgraph)
     for period in every:
-        run.watch(wrapped, optimizer, every=period)
+        run.watch(wrapped if around == "model" else model, optimizer, every=period)
     run.model = model
     ran_compiled, expected = [], []
     try:
@@ -278,17 +296,23 @@ def compiled(run: Run, fullgraph: bool, every: tuple[int, ...] = (2,), closed: i
             x, y = vectors()
             optimizer.zero_grad()
             calls.clear()
-            loss = functional.cross_entropy(wrapped(x), y)
-            ran_compiled.append(bool(calls))
             expected.append(not any(step % m.history.meta["every"] == 0 for m in run.monitors if m not in run.closed))
-            loss.backward()
-            optimizer.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch's own, about its own optimisers and backward passes
+                loss = work(x, y) if around == "model" else wrapped(x, y)
+            ran_compiled.append(bool(calls))
+            if around in ("model", "loss"):
+                loss.backward()
+            if around != "step":
+                optimizer.step()
             run.note(loss)
             if step == closed and run.monitors:
                 run.close(run.monitors[0])
     finally:
         torch.compiler.reset()
     assert ran_compiled == expected
+    again = closed is not None and bool(run.monitors)  # without hooks it is another model
+    assert len(graphs) == 1 + (around == "step") + again  # torch's optimisers are a graph of their own
 
 
 def evaluation(run: Run) -> None:
@@ -544,6 +568,10 @@ FEATURES: dict[str, Callable[[Run], None]] = {
     "compile-two-monitors": partial(compiled, fullgraph=False, every=(2, 3)),
     "compile-two-monitors-fullgraph": partial(compiled, fullgraph=True, every=(3, 2)),
     "compile-two-monitors-one-closed": partial(compiled, fullgraph=True, every=(2, 2), closed=1),
+    "compile-loss": partial(compiled, fullgraph=True, every=(3,), around="loss"),
+    "compile-loss-two-monitors": partial(compiled, fullgraph=True, every=(2, 3), around="loss"),
+    "compile-backward": partial(compiled, fullgraph=False, every=(3,), around="backward"),
+    "compile-step": partial(compiled, fullgraph=False, every=(3,), around="step"),
     "evaluation": evaluation,
     "batch-norm": partial(watched, make=batch_norm, optimiser=sgd),
     "in-place": partial(watched, make=InPlace, optimiser=sgd),
