@@ -445,9 +445,15 @@ class _GradientHook:
 
 
 def listen(watch: Watch, switch: Switch) -> list[RemovableHandle]:
-    """Notice gradients that reach the parameters of a watch."""
-    hook = _GradientHook(watch, switch)
-    return [p.register_post_accumulate_grad_hook(hook) for p in watch.parameters if p.requires_grad]
+    """Notice gradients that reach the parameters of a watch, those that are frozen too: they may be trained later."""
+    hook, handles = _GradientHook(watch, switch), []
+    for p in watch.parameters:
+        if p.is_inference():  # never
+            continue
+        trained = p.requires_grad
+        handles.append(p.requires_grad_().register_post_accumulate_grad_hook(hook))  # torch refuses frozen ones
+        p.requires_grad_(trained)
+    return handles
 
 
 def _is_symbolic(tensor: Tensor) -> bool:
