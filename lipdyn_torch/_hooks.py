@@ -4,7 +4,8 @@ A forward hook on a module puts a hook on its output *tensor*; when the gradient
 contracted with the module's input at once, and the input is let go. Forward passes that are never differentiated
 (evaluation, discarded losses) therefore count for nothing, and nothing of the graph outlives it. Where the
 contraction needs what is known only at the step (a preconditioner) or all uses of a weight at once (the variance
-part), inputs and output gradients are kept until the step.
+part), inputs and output gradients are kept until the step. Inputs that come out of no layer, as a batch does, may be
+written over before: they are copied.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import Spectrum, read_spectrum
@@ -319,7 +321,10 @@ class _ForwardHook:
         if x is not None:
             for watch, _ in tap.feeds:
                 watch.refresh()
-            base, place = _origin(output, (*args, *kwargs.values()))
+            given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            if any(watch.hold and watch.trained for watch, _ in tap.feeds) and all(a.grad_fn is None for a in given):
+                x = tree_map_only(Tensor, Tensor.clone, x)
+            base, place = _origin(output, given)
             base.register_hook(_OutputHook(tap, x, outer, place))
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -349,7 +354,7 @@ class _Place(NamedTuple):
         return gradient.as_strided(self.shape, self.strides, gradient.storage_offset() + self.offset)
 
 
-def _origin(output: Tensor, inputs: tuple[Any, ...]) -> tuple[Tensor, _Place | None]:
+def _origin(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, _Place | None]:
     """The tensor that waits for the gradient of a module's output, and where the output is in it.
 
     It is the output itself, unless that is a view: what is later written over a view takes its place in the graph, and
@@ -359,7 +364,7 @@ def _origin(output: Tensor, inputs: tuple[Any, ...]) -> tuple[Tensor, _Place | N
     base = output._base
     if base is None or base.is_leaf or not base.requires_grad or type(base) is not Tensor:
         return output, None
-    if base.dtype != output.dtype or any(x is base or x._base is base for x in inputs if isinstance(x, Tensor)):
+    if base.dtype != output.dtype or any(x is base or x._base is base for x in inputs):
         return output, None
     reach, whole, offset = _reach(output), _reach(base), output.storage_offset() - base.storage_offset()
     if reach is None or whole != max(base.numel() - 1, 0) or not 0 <= offset <= whole - reach:

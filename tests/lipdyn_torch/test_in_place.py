@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -194,3 +195,57 @@ def test_passes_through_a_retained_graph() -> None:
         loss.backward()
         monitor._optimizer.step()
     assert monitor.history.rows[0]["status"] == "several backward passes through one forward pass"
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(N, N))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.mix)
+
+
+FIRST: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(N, N),
+    "convolution": lambda: nn.Conv1d(T, T, 3, padding=1),
+    "attention": lambda: Attention(True),
+    "fallback": Own,
+    "embedding": lambda: nn.Embedding(7, N),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.SGD, {}),
+        (torch.optim.SGD, {"noise": "split"}),
+        (torch.optim.SGD, {"noise": "factor"}),
+        (torch.optim.AdamW, {}),
+        (torch.optim.RMSprop, {"noise": "split"}),
+    ],
+)
+@pytest.mark.parametrize("first", FIRST)
+def test_inputs_written_over_before_the_step(first: str, kind: Any, settings: dict[str, Any]) -> None:
+    """By the next batch, in a buffer that is always the same: the rows are those of batches of their own."""
+    rows = []
+    for reused in (True, False):
+        torch.manual_seed(1)
+        model = nn.Sequential(FIRST[first](), nn.Tanh(), nn.Linear(N, 2)).double()
+        optimizer = kind(model.parameters(), lr=1e-3)
+        batches = [torch.randint(7, (M, T)) if first == "embedding" else torch.randn(M, T, N).double() for _ in "1234"]
+        place = torch.empty_like(batches[0])
+        with LipschitzMonitor(model, optimizer, **settings) as monitor:
+            for x, following in itertools.pairwise(batches):
+                optimizer.zero_grad()
+                if reused:
+                    place.copy_(x)
+                model(place if reused else x).square().mean().backward()
+                if reused:
+                    place.copy_(following)
+                optimizer.step()
+        rows.append(monitor.history.rows)
+    for row, expected in zip(*rows, strict=True):
+        assert row["status"] == "ok"
+        for key, value in expected.items():
+            assert row[key] == (pytest.approx(value, rel=1e-12, nan_ok=True) if isinstance(value, float) else value)
