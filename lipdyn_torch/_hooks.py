@@ -374,11 +374,13 @@ def _origin(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, _Place | None
 
 def _reach(tensor: Tensor) -> int | None:
     """How far the last element in memory is from the first; None where elements may share a place."""
+    if tensor.numel() == 0:
+        return 0
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach:
             return None
-        reach += stride * max(size - 1, 0)
+        reach += stride * (size - 1)
     return reach
 
 

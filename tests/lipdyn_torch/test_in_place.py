@@ -49,6 +49,15 @@ class Last(nn.Module):
         return (x @ self.mix)[:, ::2].mT
 
 
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(N, N))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.mix)
+
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(N, N),
     "attention": lambda: Attention(False),
@@ -187,6 +196,28 @@ def test_a_layer_that_passes_its_input_on() -> None:
     assert [row["status"] for row in monitor.history.rows[:2]] == ["ok", "no gradient reached this layer"]
 
 
+def test_an_empty_batch_written_over() -> None:
+    model, x = build("linear")
+    with LipschitzMonitor(model, torch.optim.SGD(model.parameters(), lr=1e-3)) as monitor:
+        loss_of(model, x[:0], torch.relu_).backward()
+        monitor._optimizer.step()
+    assert monitor.history.rows[0]["status"] == "no samples reached this layer"
+
+
+def test_outputs_that_are_repeated() -> None:
+    """Several elements share a place of the base, which then has all their gradients."""
+
+    class Repeats(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[:, None].expand(-1, T, -1)
+
+    model = Repeats()
+    with LipschitzMonitor(model, torch.optim.SGD(model.parameters(), lr=1e-3)) as monitor:
+        model(torch.randn(M, N)).square().mean().backward()
+        monitor._optimizer.step()
+    assert monitor.history.rows[0]["status"] == "ok"
+
+
 def test_passes_through_a_retained_graph() -> None:
     model, x = build("linear")
     with LipschitzMonitor(model, torch.optim.SGD(model.parameters(), lr=1e-3)) as monitor:
@@ -195,15 +226,6 @@ def test_passes_through_a_retained_graph() -> None:
         loss.backward()
         monitor._optimizer.step()
     assert monitor.history.rows[0]["status"] == "several backward passes through one forward pass"
-
-
-class Own(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Parameter(torch.randn(N, N))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x @ self.mix)
 
 
 FIRST: dict[str, Callable[[], nn.Module]] = {

@@ -356,6 +356,23 @@ class InPlace(nn.Module):
         return self.c(functional.leaky_relu_(y)).div_(2.0)
 
 
+class InPlaceViews(nn.Module):
+    """Outputs that are views are written over, those of attention along transposed axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.attention = nn.Linear(6, 6), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu_(self.a(x))
+        y, _ = self.attention(x, x, x)
+        y += x
+        y = self.head(y)
+        y[..., 0] = -1.0
+        return y.div_(2.0).mean(1)
+
+
 class Tied(nn.Module):
     """One layer used twice, its weight used by another, and a frozen layer below."""
 
@@ -575,6 +592,7 @@ FEATURES: dict[str, Callable[[Run], None]] = {
     "evaluation": evaluation,
     "batch-norm": partial(watched, make=batch_norm, optimiser=sgd),
     "in-place": partial(watched, make=InPlace, optimiser=sgd),
+    "in-place-views": partial(watched, make=InPlaceViews, optimiser=adamw, draw=sequences),
     "gradients-to-none": partial(watched, make=Tied, optimiser=groups, set_to_none=True),
     "gradients-to-zero": partial(watched, make=Tied, optimiser=groups, set_to_none=False),
     "two-monitors": two_monitors,
@@ -742,10 +760,18 @@ def own() -> nn.Sequential:
     return nn.Sequential(Own(), nn.Linear(4, 3))
 
 
+def views() -> nn.Sequential:
+    """Each output is a view that is written over."""
+    first, second = nn.ReLU(inplace=True), nn.Hardtanh(inplace=True)
+    body = (nn.Linear(3, 8), first, nn.Linear(8, 4), second)
+    return nn.Sequential(nn.Unflatten(1, (2, 3)), *body, nn.Flatten(), nn.Linear(8, 3))
+
+
 LOOPS: dict[str, tuple[Callable[..., None], nn.Sequential, Callable[[nn.Module], Optimizer], dict[str, Any]]] = {
     "split": (one, wide(), adamw, {"noise": "split"}),
     "pieces": (pieces, wide(), sgd, {}),
     "fallback": (one, own(), adamw, {}),
+    "views": (one, views(), adamw, {}),
     "attach-and-close": (attach_and_close, wide(), sgd, {"warmup": 2 * (WARM + LONG)}),
 }
 
