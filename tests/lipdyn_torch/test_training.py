@@ -655,6 +655,7 @@ def test_several_steps_in_one_compiled_function(every):
 
 
 def stance() -> str:
+    gc.collect()
     return torch._dynamo.eval_frame._stance.stance
 
 
@@ -665,16 +666,15 @@ def test_a_monitor_that_is_dropped_leaves_the_process_compiled(closed):
         optimizer = sgd(model)
         monitor = LipschitzMonitor(model, optimizer)
         plain(model, optimizer)
+        assert stance() == "force_eager"
         if closed:
             state = monitor.state_dict()
             monitor.close()
             monitor.load_state_dict(state)
-        else:
-            assert stance() == "force_eager"
+            assert stance() == "default"
 
+    assert stance() == "default"
     train_and_forget()
-    if not closed:
-        gc.collect()
     assert stance() == "default"
 
 
@@ -688,7 +688,6 @@ def test_a_monitor_lives_as_long_as_what_it_watches():
     assert history.steps == [0, 1]
     assert stance() == "force_eager"
     del model, optimizer
-    gc.collect()
     assert stance() == "default"
 
 
