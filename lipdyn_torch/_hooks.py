@@ -4,11 +4,13 @@ A forward hook on a module puts a hook on its output *tensor*; when the gradient
 contracted with the module's input at once, and the input is let go. Forward passes that are never differentiated
 (evaluation, discarded losses) therefore count for nothing, and nothing of the graph outlives it. Where the
 contraction needs what is known only at the step (a preconditioner) or all uses of a weight at once (the variance
-part), inputs and output gradients are kept until the step.
+part), inputs and output gradients are kept until the step. Inputs that come out of no layer, as a batch does, may be
+written over before: they are copied.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import Spectrum, read_spectrum
@@ -294,12 +297,17 @@ class _ForwardHook:
         self.tap = tap
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        tap = self.tap
         if not torch.is_grad_enabled():
             return
-        if not tap.switch.on:
-            tap.switch.ahead = True
+        if not self.tap.switch.on:
+            self.tap.switch.ahead = True
             return
+        self.watch(module, args, kwargs, output)
+
+    @torch._disable_dynamo  # where a compiled function uses the module: what comes before goes into its graph
+    def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hook the output."""
+        tap = self.tap
         output = tap.rule.output(module, output)
         if output is None or not output.requires_grad or _is_symbolic(output):
             return
@@ -317,7 +325,11 @@ class _ForwardHook:
         if x is not None:
             for watch, _ in tap.feeds:
                 watch.refresh()
-            output.register_hook(_OutputHook(tap, x, outer))
+            given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+            if any(watch.hold and watch.trained for watch, _ in tap.feeds) and all(a.grad_fn is None for a in given):
+                x = tree_map_only(Tensor, Tensor.clone, x)
+            base, place = _origin(output, given)
+            base.register_hook(_OutputHook(tap, x, outer, place))
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return _InertHook, ()
@@ -330,17 +342,65 @@ class _InertHook:
         return None
 
 
+class _Place(NamedTuple):
+    """Where the elements of a view are among those of its base, which has these strides."""
+
+    base: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def of(self, gradient: Tensor) -> Tensor:
+        """The view's part of a gradient of the base."""
+        if gradient.stride() != self.base:
+            laid_out = torch.empty_strided(gradient.shape, self.base, dtype=gradient.dtype, device=gradient.device)
+            gradient = laid_out.copy_(gradient)
+        return gradient.as_strided(self.shape, self.strides, gradient.storage_offset() + self.offset)
+
+
+def _origin(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, _Place | None]:
+    """The tensor that waits for the gradient of a module's output, and where the output is in it.
+
+    It is the output itself, unless that is a view: what is later written over a view takes its place in the graph, and
+    hooks on it would never be called. The base keeps its own. A view of an input is left alone: its base is used by
+    others.
+    """
+    base = output._base
+    if base is None or base.is_leaf or not base.requires_grad or type(base) is not Tensor:
+        return output, None
+    if base.dtype != output.dtype or any(x is base or x._base is base for x in inputs):
+        return output, None
+    reach, whole, offset = _reach(output), _reach(base), output.storage_offset() - base.storage_offset()
+    if reach is None or whole != max(base.numel() - 1, 0) or not 0 <= offset <= whole - reach:
+        return output, None
+    return base, _Place(base.stride(), output.shape, output.stride(), int(offset))
+
+
+def _reach(tensor: Tensor) -> int | None:
+    """How far the last element in memory is from the first; None where elements may share a place."""
+    if tensor.numel() == 0:
+        return 0
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return None
+        reach += stride * (size - 1)
+    return reach
+
+
 class _OutputHook:
     """Receives the gradient of one output tensor and forgets the input it belongs to."""
 
-    def __init__(self, tap: Tap, x: Any, outer: int) -> None:
-        self.tap, self.x, self.outer = tap, x, outer
+    def __init__(self, tap: Tap, x: Any, outer: int, place: _Place | None) -> None:
+        self.tap, self.x, self.outer, self.place = tap, x, outer, place
         self.used = False
 
+    @torch._disable_dynamo
     def __call__(self, delta: Tensor) -> None:
         tap = self.tap
         if not tap.switch.on:
             return
+        delta = delta.detach() if self.place is None else self.place.of(delta.detach())
         backward = torch._C._current_graph_task_id()  # tells micro-batches from several uses in one pass
         if self.used:  # retain_graph: the same samples again
             for watch, _ in tap.feeds:
@@ -357,35 +417,54 @@ class _OutputHook:
                     return
         # in full precision also where the backward pass runs under autocast
         with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-            tap.receive(self.x, delta.detach(), backward)
+            tap.receive(self.x, delta, backward)
         self.used, self.x = True, None
 
 
 class _GradientHook:
-    """Notes that a gradient has reached a parameter, whatever the other hooks have seen."""
+    """Notes that a gradient has reached a parameter, whatever the other hooks have seen.
+
+    The garbage collector does not look into what hangs on parameters: a model that could be reached from here would
+    never be freed.
+    """
 
     def __init__(self, watch: Watch, switch: Switch) -> None:
-        self.watch, self.switch = watch, switch
+        self.watch, self.switch = weakref.ref(watch), weakref.ref(switch)
 
     def __call__(self, parameter: Tensor) -> None:
-        if not self.switch.on:
-            self.switch.ahead = False
+        watch, switch = self.watch(), self.switch()
+        if watch is None or switch is None:
+            return
+        if not switch.on:
+            switch.ahead = False
         else:
-            self.watch.accumulated = True
-            backward = torch._C._current_graph_task_id()
-            self.watch.reached.add(backward)
-            self.switch.reached.add(backward)
-            if parameter.grad is not None:
-                gradient = local(parameter.grad.detach())
-                half = gradient.is_floating_point() and gradient.element_size() < 4  # its sum may overflow by itself
-                self.watch.totals.append(gradient.sum(dtype=torch.float32 if half else None))
-                self.watch.versions[id(parameter)] = parameter.grad._version
+            self.note(watch, switch, parameter)
+
+    @staticmethod
+    @torch._disable_dynamo
+    def note(watch: Watch, switch: Switch, parameter: Tensor) -> None:
+        """Remember it, and enough of it to see an overflow."""
+        watch.accumulated = True
+        backward = torch._C._current_graph_task_id()
+        watch.reached.add(backward)
+        switch.reached.add(backward)
+        if parameter.grad is not None:
+            gradient = local(parameter.grad.detach())
+            half = gradient.is_floating_point() and gradient.element_size() < 4  # its sum may overflow by itself
+            watch.totals.append(gradient.sum(dtype=torch.float32 if half else None))
+            watch.versions[id(parameter)] = parameter.grad._version
 
 
 def listen(watch: Watch, switch: Switch) -> list[RemovableHandle]:
-    """Notice gradients that reach the parameters of a watch."""
-    hook = _GradientHook(watch, switch)
-    return [p.register_post_accumulate_grad_hook(hook) for p in watch.parameters if p.requires_grad]
+    """Notice gradients that reach the parameters of a watch, those that are frozen too: they may be trained later."""
+    hook, handles = _GradientHook(watch, switch), []
+    for p in watch.parameters:
+        if p.is_inference():  # never
+            continue
+        trained = p.requires_grad
+        handles.append(p.requires_grad_().register_post_accumulate_grad_hook(hook))  # torch refuses frozen ones
+        p.requires_grad_(trained)
+    return handles
 
 
 def _is_symbolic(tensor: Tensor) -> bool:

@@ -23,7 +23,7 @@ class NoBackwardError(LipdynError, RuntimeError):
 
 
 class SilentHookError(LipdynError, RuntimeError):
-    """Gradients reached the weights, but no hook of the monitor was called: the model was compiled without them."""
+    """Gradients reached the weights, but no hook of the monitor was called."""
 
 
 class LayerReplacedError(LipdynError, RuntimeError):

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
@@ -114,7 +115,8 @@ class LipschitzMonitor:
     ----------
     model : nn.Module
         `report` says how each of its modules is read. Weights that are frozen have rows with sigma only; weights
-        of another optimiser are left out. What `torch.compile` returned runs uncompiled on measured steps.
+        of another optimiser are left out. On measured steps all that `torch.compile` made, functions around the model
+        and any others of the process too, runs uncompiled; on the others in the same graphs as without the monitor.
     optimizer : torch.optim.Optimizer
         The one that makes the steps, or what accelerate wraps around it. Drift and noise are those of the long run of
         `torch.optim.SGD`, `Adam`, `AdamW` and `RMSprop` (`lipdyn_torch.optimizers`); for others they are NaN. Changes
@@ -245,7 +247,6 @@ class LipschitzMonitor:
         check_settings(every, budget, warmup, noise, conv, sampling, dataset_size)
         dims = batch_dims(model, batch_dim)
         self._model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-        self._compiled = self._model is not model or any(m._compiled_call_impl is not None for m in model.modules())
         self._optimizer = optimizer
         self._split, self._keep_gradients = noise != "full", noise == "factor"
         self.noise: dict[str, GradientNoise] = {}
@@ -282,6 +283,7 @@ class LipschitzMonitor:
             self._handles += listen(watch, self._switch)
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        weakref.finalize(self, _EAGER.want, id(self), False).atexit = False
         self._turn(self._schedule.due(0))
 
     @property
@@ -395,10 +397,9 @@ class LipschitzMonitor:
         return f"LipschitzMonitor({len(self._watches)} layers, {self._step} steps seen, {state})"
 
     def _turn(self, on: bool) -> None:
-        """Switch the hooks; a compiled model runs its Python, hooks included, on measured steps."""
+        """Switch the hooks; compiled models, and functions around them, run their Python while the hooks listen."""
         self._switch.on = on
-        if self._compiled:
-            _EAGER.want(id(self), on)
+        _EAGER.want(id(self), on and bool(self._handles))
 
     @torch._disable_dynamo  # a compiled step calls the hooks as they are, like torch's own zero_grad
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -594,8 +595,8 @@ class LipschitzMonitor:
         if past:
             raise SilentHookError(
                 f"expected the hooks on {', '.join(w.name for w in trained)} to see the backward pass, but gradients "
-                "came past them; if the model is compiled, give the monitor what torch.compile returned, and make the "
-                "monitor before the first training step; a module of your own must return one tensor of its own"
+                "came past them; a module of your own must return one tensor of its own, and torch.compiler.set_stance "
+                "leave measured steps uncompiled"
             )
         raise NoBackwardError(
             f"expected a backward pass through a monitored layer ({', '.join(self.layers)}) before "

@@ -296,6 +296,46 @@ def test_a_phase_in_which_only_biases_are_trained():
     assert set(statuses(monitor).values()) == {"ok"}
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_layer_unfrozen_later_and_used_past_its_module(late):
+    model = mlp()
+    optimizer = sgd(model)
+    model[0].weight.requires_grad_(not late)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        assert model[0].weight.requires_grad is not late
+        model[0].weight.requires_grad_(True)
+        model[2](torch.tanh(nn.functional.linear(torch.randn(8, 6), model[0].weight))).square().mean().backward()
+        optimizer.step()
+    assert statuses(monitor)["0"].startswith("a gradient reached the weight past the monitor")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_searches_while_only_layers_unfrozen_later_are_trained(late):
+    """Backward passes for the inputs reach no weight, and do not count, whenever it was unfrozen."""
+    model = mlp()
+    optimizer = sgd(model)
+    model[0].requires_grad_(not late)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        model.requires_grad_(True)
+        model[2].requires_grad_(False)
+        for _ in range(3):
+            x = torch.randn(5, 6, requires_grad=True)
+            (slope,) = torch.autograd.grad(model(x).square().mean(), x)
+            (model(x.detach() + 0.1 * slope.sign()).square().mean() / 3).backward()
+        optimizer.step()
+    row = monitor.history.rows[0]
+    assert (row["status"], row["batch"]) == ("ok", 15)
+
+
+def test_frozen_weights_that_can_never_be_trained():
+    model = mlp()
+    with torch.inference_mode():
+        model[0].weight = nn.Parameter(torch.randn(5, 6), requires_grad=False)
+    with LipschitzMonitor(model, sgd(model[2])) as monitor:
+        train(model, monitor._optimizer)
+    assert statuses(monitor) == {"0": "frozen", "2": "ok", "network": "ok"}
+
+
 def test_a_closure_that_raises():
     model = mlp()
     optimizer = sgd(model)

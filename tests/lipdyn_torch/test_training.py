@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
+import lipdyn_torch
 from lipdyn_torch import LipschitzMonitor
 from lipdyn_torch.errors import LayerReplacedError, SilentHookError
 from lipdyn_torch.history import ResumeError
@@ -699,16 +701,90 @@ def test_compiled_models_run_eagerly_on_measured_steps(way):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_hooks_compiled_away_are_an_error():
-    """Attached to the inner model after the first compiled call: hooks are ignored without a word, by torch."""
+def test_a_monitor_of_a_model_that_is_compiled_already():
+    """What torch has compiled before there were hooks knows none; on measured steps it is not used."""
     torch.compiler.reset()
-    model = mlp()
+    model = mlp(torch.float64)
     compiled = torch.compile(model, backend="eager")
-    compiled(data()[0])
-    optimizer = sgd(model)
-    with LipschitzMonitor(model, optimizer), pytest.raises(SilentHookError, match=r"what torch.compile returned"):
-        plain(model, optimizer, compiled, 1)
+    compiled(data(torch.float64)[0])
+    same(run(lambda m, o: plain(m, o, compiled), model), run(plain))
     torch.compiler.reset()
+
+
+def test_a_layer_that_returns_no_tensor_is_an_error():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Parameter(torch.randn(6, 3))
+
+        def forward(self, x):
+            return x @ self.mix, None
+
+    model = Pair()
+    with pytest.raises(SilentHookError, match=r"hooks on Pair.mix .* came past them; .* must return one tensor"):
+        run(lambda m, o: plain(m, o, lambda x: m(x)[0]), model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_several_steps_in_one_compiled_function(every):
+    """Measured steps begin inside it, where it is too late to leave it: torch breaks its graphs at the hooks."""
+    torch.compiler.reset()
+    model = mlp(torch.float64)
+    optimizer, graphs = sgd(model), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def steps():
+        plain(model, optimizer, steps=2)
+
+    with LipschitzMonitor(model, optimizer, every=every) as monitor:
+        compiled = torch.compile(steps, backend=backend)
+        for _ in range(3):
+            compiled()
+    same(monitor.history.rows, run(lambda m, o: plain(m, o, steps=6), every=every))
+    traced = [node.stack_trace or "" for graph in graphs for node in graph.graph.nodes]
+    assert not any(str(Path(lipdyn_torch.__file__).parent) in trace for trace in traced)
+    torch.compiler.reset()
+
+
+def stance() -> str:
+    gc.collect()
+    return torch._dynamo.eval_frame._stance.stance
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_monitor_that_is_dropped_leaves_the_process_compiled(closed):
+    def train_and_forget():
+        model = mlp()
+        optimizer = sgd(model)
+        monitor = LipschitzMonitor(model, optimizer)
+        plain(model, optimizer)
+        assert stance() == "force_eager"
+        if closed:
+            state = monitor.state_dict()
+            monitor.close()
+            monitor.load_state_dict(state)
+            assert stance() == "default"
+
+    assert stance() == "default"
+    train_and_forget()
+    assert stance() == "default"
+
+
+def test_a_monitor_lives_as_long_as_what_it_watches():
+    """Dropped by its name alone it goes on: its hooks hold it."""
+    model = mlp()
+    optimizer = sgd(model)
+    history = LipschitzMonitor(model, optimizer).history
+    gc.collect()
+    plain(model, optimizer)
+    assert history.steps == [0, 1]
+    assert stance() == "force_eager"
+    del model, optimizer
+    assert stance() == "default"
 
 
 # --- schedules and resuming ----------------------------------------------------------------------------------

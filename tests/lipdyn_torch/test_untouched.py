@@ -251,14 +251,23 @@ def closure(run: Run, optimiser: Callable[[nn.Module], Optimizer]) -> None:
         run.note(step(evaluate))
 
 
-def compiled(run: Run, fullgraph: bool, every: tuple[int, ...] = (2,), closed: int | None = None) -> None:
-    """Measured steps run uncompiled, the others must not: the backend counts its calls.
+def compiled(
+    run: Run,
+    fullgraph: bool,
+    every: tuple[int, ...] = (2,),
+    closed: int | None = None,
+    around: str = "model",
+) -> None:
+    """Measured steps run uncompiled, the others in one graph, as ever: the backend counts its calls and graphs.
 
-    The first of several monitors is closed after step ``closed``.
+    The first of several monitors is closed after step ``closed``. What is compiled may be a function around the model,
+    of which the monitor knows nothing: the loss, the loss and its backward pass, or all of a step.
     """
-    calls = []
+    calls, graphs = [], []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+
         def call(*args: Any) -> Any:
             calls.append(0)
             return graph.forward(*args)
@@ -267,10 +276,19 @@ def compiled(run: Run, fullgraph: bool, every: tuple[int, ...] = (2,), closed: i
 
     torch.compiler.reset()
     model = mlp(nn.Tanh())
-    optimizer = sgd(model)
-    wrapped: Any = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    optimizer = plain_sgd(model)
+
+    def work(x: Tensor, y: Tensor) -> Tensor:
+        loss = functional.cross_entropy(wrapped(x) if around == "model" else model(x), y)
+        if around in ("backward", "step"):
+            loss.backward()
+        if around == "step":
+            optimizer.step()
+        return loss
+
+    wrapped: Any = torch.compile(model if around == "model" else work, backend=backend, fullgraph=fullgraph)
     for period in every:
-        run.watch(wrapped, optimizer, every=period)
+        run.watch(wrapped if around == "model" else model, optimizer, every=period)
     run.model = model
     ran_compiled, expected = [], []
     try:
@@ -278,17 +296,23 @@ def compiled(run: Run, fullgraph: bool, every: tuple[int, ...] = (2,), closed: i
             x, y = vectors()
             optimizer.zero_grad()
             calls.clear()
-            loss = functional.cross_entropy(wrapped(x), y)
-            ran_compiled.append(bool(calls))
             expected.append(not any(step % m.history.meta["every"] == 0 for m in run.monitors if m not in run.closed))
-            loss.backward()
-            optimizer.step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch's own, about its own optimisers and backward passes
+                loss = work(x, y) if around == "model" else wrapped(x, y)
+            ran_compiled.append(bool(calls))
+            if around in ("model", "loss"):
+                loss.backward()
+            if around != "step":
+                optimizer.step()
             run.note(loss)
             if step == closed and run.monitors:
                 run.close(run.monitors[0])
     finally:
         torch.compiler.reset()
     assert ran_compiled == expected
+    again = closed is not None and bool(run.monitors)  # without hooks it is another model
+    assert len(graphs) == 1 + (around == "step") + again  # torch's optimisers are a graph of their own
 
 
 def evaluation(run: Run) -> None:
@@ -330,6 +354,23 @@ class InPlace(nn.Module):
         y += x
         y[:, :2].mul_(0.5)
         return self.c(functional.leaky_relu_(y)).div_(2.0)
+
+
+class InPlaceViews(nn.Module):
+    """Outputs that are views are written over, those of attention along transposed axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.attention = nn.Linear(6, 6), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu_(self.a(x))
+        y, _ = self.attention(x, x, x)
+        y += x
+        y = self.head(y)
+        y[..., 0] = -1.0
+        return y.div_(2.0).mean(1)
 
 
 class Tied(nn.Module):
@@ -544,9 +585,14 @@ FEATURES: dict[str, Callable[[Run], None]] = {
     "compile-two-monitors": partial(compiled, fullgraph=False, every=(2, 3)),
     "compile-two-monitors-fullgraph": partial(compiled, fullgraph=True, every=(3, 2)),
     "compile-two-monitors-one-closed": partial(compiled, fullgraph=True, every=(2, 2), closed=1),
+    "compile-loss": partial(compiled, fullgraph=True, every=(3,), around="loss"),
+    "compile-loss-two-monitors": partial(compiled, fullgraph=True, every=(2, 3), around="loss"),
+    "compile-backward": partial(compiled, fullgraph=False, every=(3,), around="backward"),
+    "compile-step": partial(compiled, fullgraph=False, every=(3,), around="step"),
     "evaluation": evaluation,
     "batch-norm": partial(watched, make=batch_norm, optimiser=sgd),
     "in-place": partial(watched, make=InPlace, optimiser=sgd),
+    "in-place-views": partial(watched, make=InPlaceViews, optimiser=adamw, draw=sequences),
     "gradients-to-none": partial(watched, make=Tied, optimiser=groups, set_to_none=True),
     "gradients-to-zero": partial(watched, make=Tied, optimiser=groups, set_to_none=False),
     "two-monitors": two_monitors,
@@ -714,10 +760,18 @@ def own() -> nn.Sequential:
     return nn.Sequential(Own(), nn.Linear(4, 3))
 
 
+def views() -> nn.Sequential:
+    """Each output is a view that is written over."""
+    first, second = nn.ReLU(inplace=True), nn.Hardtanh(inplace=True)
+    body = (nn.Linear(3, 8), first, nn.Linear(8, 4), second)
+    return nn.Sequential(nn.Unflatten(1, (2, 3)), *body, nn.Flatten(), nn.Linear(8, 3))
+
+
 LOOPS: dict[str, tuple[Callable[..., None], nn.Sequential, Callable[[nn.Module], Optimizer], dict[str, Any]]] = {
     "split": (one, wide(), adamw, {"noise": "split"}),
     "pieces": (pieces, wide(), sgd, {}),
     "fallback": (one, own(), adamw, {}),
+    "views": (one, views(), adamw, {}),
     "attach-and-close": (attach_and_close, wide(), sgd, {"warmup": 2 * (WARM + LONG)}),
 }
 
