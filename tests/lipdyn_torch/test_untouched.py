@@ -697,6 +697,8 @@ def test_a_stance_of_ones_own_is_kept(watched: bool) -> None:
 #: Steps before the first count and between the two; bytes and blocks per step that caches may still take.
 WARM, LONG = 50, 150
 SLACK = {"tensors": 0, "blocks": 2, "malloc": 100}
+#: Bytes that a table of the interpreter takes when it is enlarged, as it may be once.
+TABLE = 40_000
 
 
 class MallocInfo(ctypes.Structure):
@@ -792,5 +794,6 @@ def test_no_bytes_are_kept(loop: str) -> None:
                 counts.append(in_use())
     before, after = counts
     grown = {kind: after[kind] - before[kind] for kind in before}
-    assert {kind: bytes_ for kind, bytes_ in grown.items() if bytes_ > SLACK[kind] * LONG} == {}
+    allowed = {kind: SLACK[kind] * LONG + (TABLE if kind == "malloc" else 0) for kind in grown}
+    assert {kind: bytes_ for kind, bytes_ in grown.items() if bytes_ > allowed[kind]} == {}
     assert rows >= (0 if "warmup" in settings else (WARM + LONG) * (len(monitor.layers) + 1))
