@@ -78,15 +78,25 @@ class _Eager:
     def __init__(self) -> None:
         self.wanted: set[int] = set()
         self.stance = contextlib.ExitStack()
+        self.eager = self.turning = False
 
     def want(self, monitor: int, on: bool) -> None:
-        """Note a monitor's wish; the first sets torch's stance, the last restores the one there was."""
-        before = bool(self.wanted)
-        self.wanted = self.wanted | {monitor} if on else self.wanted - {monitor}
-        if self.wanted and not before:
-            self.stance.enter_context(torch.compiler.set_stance("force_eager"))
-        elif before and not self.wanted:
-            self.stance.close()
+        """Note a monitor's wish; the first sets torch's stance, the last restores the one there was.
+
+        Garbage collection calls this for monitors that were dropped, and may begin at any line: while ``turning`` it
+        notes the wish alone, and the loop looks again.
+        """
+        (self.wanted.add if on else self.wanted.discard)(monitor)
+        while not self.turning and self.eager != bool(self.wanted):
+            self.turning = True
+            try:
+                before, self.eager = self.eager, bool(self.wanted)
+                if self.eager and not before:
+                    self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+                elif before and not self.eager:
+                    self.stance.close()
+            finally:
+                self.turning = False
 
 
 _EAGER = _Eager()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lipdyn_torch.errors import LayerReplacedError, SilentHookError
 from lipdyn_torch.history import ResumeError
 from lipdyn_torch.layers import register_rule
 from lipdyn_torch.low_rank import LowRankSumRule
+from lipdyn_torch.monitor import _EAGER
 from lipdyn_torch.predict import sde
 
 FORCES = ["mu", "kappa", "lambda_sq"]
@@ -772,6 +774,51 @@ def test_a_monitor_that_is_dropped_leaves_the_process_compiled(closed):
     assert stance() == "default"
     train_and_forget()
     assert stance() == "default"
+
+
+def test_garbage_may_be_collected_at_any_point():
+    """A monitor that was dropped goes while another one turns torch's stance: after each instruction, one by one."""
+
+    def attach() -> LipschitzMonitor:
+        model = mlp()
+        return LipschitzMonitor(model, sgd(model))
+
+    def turn(on: bool, count: int) -> int:
+        """Collect after so many instructions; returns how many there are."""
+        done = 0
+
+        def trace(frame, event, arg):
+            nonlocal done
+            if frame.f_code is _EAGER.want.__func__.__code__ and count > 0:
+                frame.f_trace_opcodes = True
+                done += event == "opcode"
+                if done == count:
+                    sys.settrace(None)
+                    gc.collect()
+                return trace
+            return None
+
+        attach()
+        previous = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            _EAGER.want(0, on)
+        finally:
+            sys.settrace(previous)
+        return done
+
+    assert stance() == "default"
+    gc.disable()
+    gc.freeze()  # what there is already needs no looking through
+    try:
+        count = 1
+        while count in (turn(True, count), turn(False, count)):
+            assert (stance(), _EAGER.wanted) == ("default", set())
+            count += 1
+    finally:
+        gc.unfreeze()
+        gc.enable()
+    assert count > 10
 
 
 def test_a_monitor_lives_as_long_as_what_it_watches():

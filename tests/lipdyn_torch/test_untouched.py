@@ -274,6 +274,7 @@ def compiled(
 
         return call
 
+    gc.collect()  # monitors of other tests that were never closed keep the process uncompiled
     torch.compiler.reset()
     model = mlp(nn.Tanh())
     optimizer = plain_sgd(model)
@@ -678,6 +679,7 @@ def test_a_stance_of_ones_own_is_kept(watched: bool) -> None:
         calls.append(0)
         return graph.forward
 
+    gc.collect()
     torch.compiler.reset()
     model = nn.Linear(6, 3)
     wrapped: Any = torch.compile(model, backend=backend)
