@@ -411,12 +411,13 @@ def _factor(caught: Caught, common: float, own: float, deviation: float) -> floa
     fits = mismatch(caught.noise.scaled(common), caught.whole) <= caught.tolerance
     if fits and not (caught.eps > 1e-4 and apart):
         return common
+    if caught.eps > 1e-4:  # its rounding would hide what else there may be in the gradient
+        return None
     # One of its own must leave no more than rounding of the gradient, and next to nothing of what the others leave:
     # what was clipped by value, or has another gradient in it, is hardly a multiple. Of a single number everything is.
     own = 1.0 if abs(own - 1.0) <= factor_slack(deviation, caught.eps) else own
     gained = min((abs(own - other) for other in (common, 1.0) if other != own), default=0.0)
     numbers = sum(seen.numel() for seen in caught.whole)
-    rounding = FACTOR_ERROR if caught.eps > 1e-4 else caught.tolerance
-    if not (numbers > 2 and deviation * numbers**0.5 < min(FACTOR_ERROR * gained, rounding * own)):
+    if not (numbers > 2 and deviation * numbers**0.5 < min(FACTOR_ERROR * gained, caught.tolerance * own)):
         return None
     return own if mismatch(caught.noise.scaled(own), caught.whole) <= caught.tolerance else None

@@ -202,6 +202,8 @@ class GradientNoise:
 
     def scaled(self, factor: float) -> GradientNoise:
         """The samples' gradients times a factor; ``mean``, which was seen by itself, stays."""
+        if factor == 1.0:
+            return self
         squares = None if self.squares is None else factor**2 * self.squares
         bend = None if self.bend is None else (factor * self.bend[0], factor * self.bend[1])
         gradients = None if self.gradients is None else factor * self.gradients

@@ -103,27 +103,22 @@ def three() -> nn.Sequential:
 
 
 def test_one_layer_scaled_in_half_precision():
-    """Half precision hides it from the sum, where the samples are large beside it; not from the factor."""
-    rows = []
-    for enabled in (False, True):
-        model = three()
-        optimizer = sgd(model, 0.05)
-        x, y = torch.randn(256, 20), torch.arange(256) % 10
-        with LipschitzMonitor(model, optimizer) as monitor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            model[2].weight.grad.mul_(0.6)
-            optimizer.step()
-        rows.append(monitor.history.rows)
-    for plain, half in zip(*rows, strict=True):
-        if half["layer"] != "network":
-            assert half["status"] == plain["status"]
-            assert half["status"] == (
-                "gradients were rescaled after the backward pass: factor 0.6" * (half["layer"] == "2") or "ok"
-            )
-        for key in ("lambda_sq", "kappa"):
-            assert half[key] == pytest.approx(plain[key], rel=0.1)
+    """Half precision hides it from the sum, where the samples are large beside it; not from the factor.
+
+    But it would hide as well what else there may be in the gradient: no factor of the layer's own is believed.
+    """
+    model = three()
+    optimizer = sgd(model, 0.05)
+    x, y = torch.randn(256, 20), torch.arange(256) % 10
+    monitor = LipschitzMonitor(model, optimizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nn.functional.cross_entropy(model(x), y)
+    loss.backward()
+    model[2].weight.grad.mul_(0.8)
+    optimizer.step()
+    found = statuses(monitor)
+    assert (found["0"], found["4"]) == ("ok", "ok")
+    assert "contributions do not sum" in found["2"]
 
 
 @pytest.mark.parametrize("noise", ["full", "split"])
