@@ -28,6 +28,7 @@ from lipdyn_torch._settings import batch_dims, check_settings, check_types, chec
 from lipdyn_torch.distributed import active, agree, share, total
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
 from lipdyn_torch.history import History, ResumeError, Sink
+from lipdyn_torch.integrations._extras import need
 from lipdyn_torch.layers import EmbeddingRule
 from lipdyn_torch.noise import GradientNoise
 from lipdyn_torch.schedule import Schedule
@@ -330,6 +331,7 @@ class LipschitzMonitor:
 
     def plot(self) -> Figure:
         """The run in one figure: log K against the predictors, their errors, and the forces layer by layer."""
+        need("matplotlib", "torch")
         from lipdyn_torch.plots import summary_figure
 
         return summary_figure(self.history)

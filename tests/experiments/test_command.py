@@ -48,6 +48,14 @@ def test_the_package_says_what_it_needs(package):
     assert without(package, "import lipdyn_torch; lipdyn_torch.Monitor").stderr.endswith("no attribute 'Monitor'\n")
 
 
+def test_a_plot_says_what_it_needs():
+    code = (
+        "import torch; from lipdyn_torch import LipschitzMonitor; m = torch.nn.Linear(2, 2); "
+        "LipschitzMonitor(m, torch.optim.SGD(m.parameters())).plot()"
+    )
+    assert without("matplotlib", code).stderr.endswith(f"MissingExtraError: {advice('matplotlib', 'torch')}")
+
+
 def test_a_package_broken_in_itself_is_not_called_missing():
     done = without("numpy", "import lipdyn_torch")
     assert "ModuleNotFoundError" in done.stderr
