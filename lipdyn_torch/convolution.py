@@ -195,11 +195,11 @@ class ConvolutionOperator:
     # --- products ---
 
     def apply(self, x: Tensor) -> Tensor:
-        """A x for images (N, ci, *size), in float64: (N, co, *out)."""
+        """A x for images ``(N, ci, *size)``, in float64: ``(N, co, *out)``."""
         return self._applied(self.kernel, x.double())
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
-        """A^T y for images (N, co, *out), in float64: (N, ci, *size)."""
+        """A^T y for images ``(N, co, *out)``, in float64: ``(N, ci, *size)``."""
         return self._adjoint(self.kernel, y.double())
 
     def _adjoint(self, kernel: Tensor, y: Tensor) -> Tensor:
@@ -377,7 +377,7 @@ class ConvolutionOperator:
     # --- derivatives ---
 
     def gradient(self) -> Tensor:
-        """Gradient (co, ci / groups, *k) of the norm with respect to the kernel (theory 3.4), in float64.
+        """Gradient ``(co, ci / groups, *k)`` of the norm with respect to the kernel (theory 3.4), in float64.
 
         Raises
         ------
