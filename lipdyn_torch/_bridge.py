@@ -19,9 +19,9 @@ import specpert
 from specpert import SigmaSeries, SingularTriplet
 
 __all__ = [
-    *("Pair", "SigmaSeries", "SingularTriplet", "Spectrum", "all_finite", "block_triplet", "cluster_values"),
-    *("degenerate", "follow_spectrum", "hessian_diagonal", "hessian_pairing", "one_thread", "operator_triplet"),
-    *("read_spectrum", "series_along", "spectral_norm", "taylor"),
+    *("Pair", "SigmaSeries", "SingularTriplet", "Spectrum", "all_finite", "cluster_values", "degenerate"),
+    *("follow_spectrum", "hessian_diagonal", "hessian_pairing", "one_thread", "read_spectrum", "series_along"),
+    *("spectral_norm", "taylor", "top_triplet"),
 ]
 
 
@@ -318,14 +318,8 @@ def spectral_norm(matrix: Tensor) -> float:
 
 
 @one_thread
-def block_triplet(B: Tensor) -> SingularTriplet:
-    """The top singular triplet of a matrix."""
-    return specpert.singular_triplet(B)
-
-
-@one_thread
-def operator_triplet(A: Any) -> SingularTriplet:
-    """That of a SciPy LinearOperator."""
+def top_triplet(A: Any) -> SingularTriplet:
+    """The top singular triplet of a matrix or of a SciPy LinearOperator."""
     return specpert.singular_triplet(A)
 
 

@@ -27,10 +27,9 @@ from torch.nn import functional
 from lipdyn_torch._bridge import (
     SigmaSeries,
     all_finite,
-    block_triplet,
     degenerate,
-    operator_triplet,
     series_along,
+    top_triplet,
 )
 
 __all__ = ["ConvolutionOperator", "NormBounds"]
@@ -395,10 +394,10 @@ class ConvolutionOperator:
             kernel = self.kernel.clone().requires_grad_()
             if self.exact:
                 B = self._torus_blocks(kernel)
-                triplets = {where: block_triplet(B.detach()[where]) for where in self._top_blocks(B.detach())}
+                triplets = {where: top_triplet(B.detach()[where]) for where in self._top_blocks(B.detach())}
                 seen = [(t.u.conj() @ B[where] @ t.v).real for where, t in triplets.items()]
             else:
-                triplet = operator_triplet(self._linear(self.kernel))
+                triplet = top_triplet(self._linear(self.kernel))
                 u, v = (torch.from_numpy(np.array(x)) for x in (triplet.u, triplet.v))
                 seen = [(u * self._applied(kernel, v.reshape(1, -1, *self.size)).flatten()).sum()]
             first, *others = (torch.autograd.grad(x, kernel, retain_graph=True)[0] for x in seen)
@@ -439,9 +438,9 @@ class ConvolutionOperator:
             raise ValueError(f"expected direction to be a tensor {tuple(self.kernel.shape)}, got {_kind(direction)}")
         dT = direction.detach().to(self.kernel)
         if not self.exact:
-            return series_along(operator_triplet(self._linear(self.kernel)), self._linear(dT), order)
+            return series_along(top_triplet(self._linear(self.kernel)), self._linear(dT), order)
         B, H = map(self._torus_blocks, (self.kernel, dT))
-        first, *others = (series_along(block_triplet(B[i]), H[i], order) for i in self._top_blocks(B))
+        first, *others = (series_along(top_triplet(B[i]), H[i], order) for i in self._top_blocks(B))
         c = first.coefficients / first.coefficients[0]
         rate = max((abs(float(c[n])) ** (1 / n) for n in range(1, order + 1)), default=0.0)
         allowed = _SAME * torch.tensor([rate**n for n in range(order + 1)], dtype=c.dtype)
