@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -390,34 +391,40 @@ def settle(layers: Sequence[Caught]) -> float:
         if common != common:
             caught.noise, caught.problems = None, [*caught.problems, LOST]
             continue
-        factor = _factor(caught, common, *nearest)
-        if factor is None:
-            error = mismatch(caught.noise.scaled(common), caught.whole)
+        noise = caught.noise.scaled(common)
+        error, factor = mismatch(noise, caught.whole), common
+        if not _is_common(caught, error, common, *nearest):
+            factor = _own_factor(caught, common, *nearest)
+            noise = caught.noise.scaled(factor)
+        if factor != factor:
             caught.noise = None
             caught.problems.append(f"{MISMATCH} (relative {error:.1e}): clipped by value, or used elsewhere?")
-        elif factor != 1.0:
-            caught.noise = caught.noise.scaled(factor)
+            continue
+        caught.noise = noise
+        if factor != 1.0:
             caught.notes.append(f"{RESCALED}: factor {factor:.3g}")
     return common
 
 
-def _factor(caught: Caught, common: float, own: float, deviation: float) -> float | None:
-    """What a layer's gradient was multiplied by: as in the other layers, or by a number of its own; None if neither."""
-    assert caught.noise is not None
-    assert caught.whole is not None
+def _is_common(caught: Caught, error: float, common: float, own: float, deviation: float) -> bool:
+    """Whether a layer's gradient, off by that error, was multiplied by the factor of the others."""
     # in half precision the sum's rounding hides what a factor of the layer's own still shows
     slack = factor_slack(deviation / abs(common), caught.eps) + caught.tolerance
     apart = deviation <= FACTOR_ERROR * abs(own) and abs(own / common - 1.0) > slack
-    fits = mismatch(caught.noise.scaled(common), caught.whole) <= caught.tolerance
-    if fits and not (caught.eps > 1e-4 and apart):
-        return common
+    return error <= caught.tolerance and not (caught.eps > 1e-4 and apart)
+
+
+def _own_factor(caught: Caught, common: float, own: float, deviation: float) -> float:
+    """What it was multiplied by, if not by that; NaN if by nothing."""
+    assert caught.noise is not None
+    assert caught.whole is not None
     if caught.eps > 1e-4:  # its rounding would hide what else there may be in the gradient
-        return None
+        return math.nan
     # One of its own must leave no more than rounding of the gradient, and next to nothing of what the others leave:
     # what was clipped by value, or has another gradient in it, is hardly a multiple. Of a single number everything is.
     own = 1.0 if abs(own - 1.0) <= factor_slack(deviation, caught.eps) else own
     gained = min((abs(own - other) for other in (common, 1.0) if other != own), default=0.0)
     numbers = sum(seen.numel() for seen in caught.whole)
     if not (numbers > 2 and deviation * numbers**0.5 < min(FACTOR_ERROR * gained, caught.tolerance * own)):
-        return None
-    return own if mismatch(caught.noise.scaled(own), caught.whole) <= caught.tolerance else None
+        return math.nan
+    return own if mismatch(caught.noise.scaled(own), caught.whole) <= caught.tolerance else math.nan

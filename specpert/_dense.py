@@ -36,7 +36,7 @@ from specpert._arrays import (
 from specpert._checks import check_indices
 from specpert._isolation import isolation
 from specpert._resolvent import HostResolvent, Resolvent, SmallSideResolvent
-from specpert._solvers import CholeskySolver, ClusterSolver, EigenSolver, Gram, Solver
+from specpert._solvers import CholeskySolver, ClusterSolver, EigenSolver, Gram, IterativeSolver, Solver
 from specpert._top import Start, improved, isolated_top
 from specpert.result import (
     ConvergenceError,
@@ -221,16 +221,16 @@ def of_gram(
         solve, matrix = rest, gram.at(rest.dtype).B
     products = gram.apply, gram.apply_adjoint
     resolvent = SmallSideResolvent(solve, products, u, v, s[:c], mirrored=not wide, matrix=matrix)
-    of_series = partial(_of_series, resolvent, None if is_numpy(like) else like)
+    series = partial(of_series, resolvent, None if is_numpy(like) else like)
     s0, P0, Q0, gap, margin = (
         from_host(x, like, xp) for x in (s[:c], *((u, v) if wide else (v, u)), gap, np.asarray(margin))
     )
-    return SingularTriplet(index, shape, status, xp, e, s0, P0, Q0, gap, margin, of_series, real, _cluster=cluster)
+    return SingularTriplet(index, shape, status, xp, e, s0, P0, Q0, gap, margin, series, real, _cluster=cluster)
 
 
-def _of_series(resolvent: SmallSideResolvent, like: Array | None) -> Resolvent:
+def of_series(resolvent: SmallSideResolvent, like: Array | None) -> Resolvent:
     """The resolvent of one series, which keeps the residuals of its own solves, for arrays of the library of `like`."""
-    if isinstance(solve := resolvent.solve, ClusterSolver):
+    if isinstance(solve := resolvent.solve, ClusterSolver | IterativeSolver):
         resolvent = copy(resolvent)
         resolvent.solve = solve.fresh()
     return resolvent if like is None else HostResolvent(resolvent, like, namespace(like))

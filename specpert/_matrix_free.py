@@ -6,7 +6,7 @@ the spectrum of T0 = [[0, A], [A^*, 0]] (theory 1.9). All private arrays are tho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,11 @@ from specpert._arrays import (
     is_numpy,
 )
 from specpert._checks import check_indices
-from specpert._dense import by_dense, check_start, on_smaller_side
+from specpert._dense import by_dense, check_start, of_series, on_smaller_side
 from specpert._isolation import isolation
 from specpert._operators import Operator, as_operator, is_operator
-from specpert._resolvent import Resolvent, SmallSideResolvent
-from specpert._solvers import IterativeSolver, Product, Solver
+from specpert._resolvent import SmallSideResolvent
+from specpert._solvers import IterativeSolver, Product
 from specpert._top import NOISE, top_of_gram
 from specpert.result import (
     NonFiniteError,
@@ -75,28 +75,17 @@ def by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float | 
     tol = 10 * max(m, n) * float(np.finfo(float).eps) if gap_tol is None else gap_tol
     gap, status = isolation(s, (index,), True, False, tol, xp)
     margin = np.asarray(10 * max(m, n) * float(np.finfo(float).eps) * s[0] + residual)
-    solver = partial(IterativeSolver, gram, X, w, index, sigma)
-    resolvent = partial(_of_series, solver, (first, second), u, v, np.array([sigma]), not wide)
+    solver = IterativeSolver(gram, X, w, index, sigma)
+    resolvent = SmallSideResolvent(solver, (first, second), u, v, np.array([sigma]), mirrored=not wide)
+    series = partial(of_series, resolvent, None)
     P0, Q0 = (u, v) if wide else (v, u)
     values, real = s[index : index + 1], np.dtype(np.float64)
-    return SingularTriplet(index, (m, n), status, xp, np.asarray(e), values, P0, Q0, gap, margin, resolvent, real)
+    return SingularTriplet(index, (m, n), status, xp, np.asarray(e), values, P0, Q0, gap, margin, series, real)
 
 
 def _after(first: Product, second: Product, x: np.ndarray) -> np.ndarray:
     """One product after the other."""
     return first(second(x))
-
-
-def _of_series(
-    solver: Callable[[], Solver],
-    products: tuple[Product, Product],
-    u: np.ndarray,
-    v: np.ndarray,
-    sigma: np.ndarray,
-    mirrored: bool,
-) -> Resolvent:
-    """The resolvent of one series, which keeps the residuals of its own solves."""
-    return SmallSideResolvent(solver(), products, u, v, sigma, mirrored)
 
 
 def _start(v0: Any, B: Operator, wide: bool) -> np.ndarray:

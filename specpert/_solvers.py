@@ -254,6 +254,10 @@ class IterativeSolver:
         self.index = index
         self.residuals: list[float] = []
 
+    def fresh(self) -> IterativeSolver:
+        """The same without residuals."""
+        return IterativeSolver(self.gram, self.X, self.w, self.index, self.sigma)
+
     def __call__(self, b: np.ndarray) -> np.ndarray:
         if b.ndim > 2:
             return by_columns(self, b)
