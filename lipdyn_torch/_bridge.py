@@ -19,8 +19,16 @@ import specpert
 from specpert import SigmaSeries, SingularTriplet
 
 __all__ = [
-    *("Pair", "SigmaSeries", "SingularTriplet", "Spectrum", "all_finite", "cluster_values", "degenerate"),
-    *("follow_spectrum", "hessian_diagonal", "hessian_pairing", "one_thread", "read_spectrum", "series_along"),
+    *("Pair", "SigmaSeries", "SingularTriplet", "Spectrum", "all_finite", "as_given", "as_real", "cluster_values"),
+    *(
+        "degenerate",
+        "follow_spectrum",
+        "hessian_diagonal",
+        "hessian_pairing",
+        "one_thread",
+        "read_spectrum",
+        "series_along",
+    ),
     *("spectral_norm", "taylor", "top_triplet"),
 ]
 
@@ -82,7 +90,7 @@ class Spectrum:
     Attributes
     ----------
     matrices : Tensor, (g, m, n)
-        The weight, in single precision or float64; everything else is float64.
+        The weight, in single or double precision, real or complex; everything else is in double precision.
     sigma, gap : float
         Largest singular value and its isolation distance (theory 1.9); the gap is NaN where it is unknown.
     triplet : SingularTriplet or None
@@ -90,6 +98,11 @@ class Spectrum:
     group : int
     problem : str
         Empty when all is well.
+    norms : Tensor (g,), optional
+        Upper bounds of the norms of several matrices, exact for the largest two.
+
+    Vectors of complex matrices are real here, of twice the length: real parts and imaginary ones in turn. Real parts of
+    inner products are then those of real vectors.
     """
 
     matrices: Tensor
@@ -98,6 +111,7 @@ class Spectrum:
     triplet: SingularTriplet | None
     group: int = 0
     problem: str = ""
+    norms: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -106,19 +120,34 @@ class Spectrum:
 
     @property
     def u(self) -> Tensor:
-        """Left singular vector (m,)."""
+        """Left singular vector (m,) or (2 m,)."""
         assert self.triplet is not None
-        return _tensor(self.triplet.u)
+        return as_real(_tensor(self.triplet.u))
 
     @property
     def v(self) -> Tensor:
-        """Right singular vector (n,)."""
+        """Right singular vector (n,) or (2 n,)."""
         assert self.triplet is not None
-        return _tensor(self.triplet.v)
+        return as_real(_tensor(self.triplet.v))
 
     def project(self, G: Tensor) -> Pair:
-        """``G v`` (m,) and ``G^T u`` (n,) of a matrix (m, n), multiplied in its own precision."""
-        return (G @ self.v.to(G.dtype)).double(), (G.T @ self.u.to(G.dtype)).double()
+        """``G v`` and ``G^* u`` of a matrix (m, n), multiplied in its own precision."""
+        u, v = as_given(self.u, G.dtype), as_given(self.v, G.dtype)
+        return as_real(G @ v).double(), as_real(G.mH @ u).double()
+
+
+def as_real(x: Tensor) -> Tensor:
+    """Complex vectors (..., n) as real ones (..., 2 n); real ones as they are."""
+    return torch.view_as_real(x.resolve_conj()).flatten(-2) if x.is_complex() else x
+
+
+def as_given(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `as_real` where the precision is a complex one, and in that precision."""
+    return (torch.view_as_complex(x.unflatten(-1, (-1, 2))) if dtype.is_complex else x).to(dtype)
+
+
+def _double(a: Tensor) -> Tensor:
+    return a.to(torch.complex128) if a.is_complex() else a.double()
 
 
 def _array(a: Tensor) -> Any:
@@ -135,6 +164,8 @@ def _tensor(a: Any) -> Tensor:
 REACH, MOST = (4.0, 6.0), 16
 #: Relative accuracy of what the effective matrices have beyond the first order, in single precision.
 CLUSTER_ACCURACY = 1e-3
+#: What rounding may take from a norm, relative to it.
+ROUNDING = 1e-12
 REPEATED = "largest singular value is repeated"
 
 
@@ -163,13 +194,14 @@ def read_spectrum(matrices: Tensor, known: Spectrum | None = None, rtol: float =
     if not all_finite(matrices):
         return Spectrum(matrices, nan, nan, None, problem="weight is not finite")
     try:
-        group, rival = (0, -math.inf) if len(matrices) == 1 else _attaining(matrices)
+        norms, (group, other) = (None, (0, 0)) if len(matrices) == 1 else _norms(matrices, known)
+        rival = -math.inf if norms is None else float(norms[other])
         A = _array(matrices[group])
         dtype = torch.float64 if isinstance(A, Tensor) else np.float64
         triplet = specpert.singular_triplet(A, v0=_start(matrices, group, known), rtol=rtol, dtype=dtype)
     except specpert.DegenerateSingularValueError:
-        sigma = float(torch.linalg.matrix_norm(matrices[group].double(), 2))
-        return Spectrum(matrices, sigma, 0.0, None, group, REPEATED)
+        sigma = float(torch.linalg.matrix_norm(_double(matrices[group]), 2))
+        return Spectrum(matrices, sigma, 0.0, None, group, REPEATED, norms)
     except specpert.ZeroSingularValueError:
         return Spectrum(matrices, 0.0, 0.0, None, group, "weight is zero")
     except torch.linalg.LinAlgError:
@@ -177,8 +209,8 @@ def read_spectrum(matrices: Tensor, known: Spectrum | None = None, rtol: float =
     sigma = float(triplet.sigma)
     gap = min(float(triplet.gap), sigma - rival)
     if gap <= 10 * max(matrices.shape[1:]) * torch.finfo(torch.float64).eps * sigma:
-        return Spectrum(matrices, sigma, 0.0, None, group, REPEATED)
-    return Spectrum(matrices, sigma, gap, triplet, group)
+        return Spectrum(matrices, sigma, 0.0, None, group, REPEATED, norms)
+    return Spectrum(matrices, sigma, gap, triplet, group, norms=norms)
 
 
 @one_thread
@@ -212,18 +244,48 @@ def _start(matrices: Tensor, group: int, known: Spectrum | None) -> Any:
     return known.triplet if known.matrices.shape == matrices.shape else None
 
 
-def _attaining(matrices: Tensor) -> tuple[int, float]:
-    """The group with the largest singular value, and the largest of the other groups."""
-    top = torch.linalg.matrix_norm(matrices.double(), 2)
-    group = int(top.argmax())
-    top[group] = 0.0
-    return group, float(top.max())
+#: So many matrices at a time are decomposed to find the largest of many.
+CHUNK = 16
+
+
+def _norms(matrices: Tensor, known: Spectrum | None = None, rank: int = 2) -> tuple[Tensor, list[int]]:
+    """Upper bounds of the norms of matrices (g, m, n), and which are the largest, whose bounds are exact.
+
+    Only those are decomposed that may be among the largest: a norm is at most the Frobenius norm, and has changed by no
+    more than that of the change.
+    """
+    matrices = _double(matrices)
+    bounds = _frobenius(matrices) * (1 + ROUNDING)
+    if known is not None and known.norms is not None and known.matrices.shape == matrices.shape:
+        change = _frobenius(matrices - known.matrices)
+        bounds = torch.minimum(bounds, (known.norms.to(bounds) + change) * (1 + ROUNDING))
+    exact = torch.full_like(bounds, -math.inf)
+    order = bounds.argsort(descending=True)
+    for start in range(0, len(order), CHUNK):
+        chunk = order[start : start + CHUNK]
+        if start >= rank and float(bounds[chunk[0]]) < float(exact.topk(rank).values[-1]):
+            break
+        # for a positive rtol by the small Gram matrices, which give the largest value to rounding
+        exact[chunk] = _tensor(specpert.spectral_norm(_array(matrices[chunk]), rtol=ROUNDING)).to(bounds)
+    return torch.where(exact >= 0, exact, bounds), exact.topk(min(rank, len(exact))).indices.tolist()
+
+
+def _frobenius(matrices: Tensor) -> Tensor:
+    """Frobenius norms (g,)."""
+    rows = as_real(matrices).flatten(1)
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    if not 1e-140 < float(norms.amax()) < math.inf:  # squares may have left the range of numbers
+        size = rows.abs().amax(1, keepdim=True)
+        norms = size[:, 0] * torch.linalg.vector_norm(rows / size.where(size > 0, torch.ones_like(size)), dim=1)
+    return norms
 
 
 @one_thread
 def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor) -> Tensor:
     """``D^2 sigma[G, G]`` from ``p = G v`` (..., m) and ``q = G^T u`` (..., n); shape (...) (theory 1.3)."""
-    return _tensor(specpert.SigmaHessian(spectrum.triplet).from_projections(_array(p), _array(q)))
+    dtype = torch.complex128 if spectrum.matrices.is_complex() else torch.float64
+    p, q = (_array(as_given(x, dtype)) for x in (p, q))
+    return _tensor(specpert.SigmaHessian(spectrum.triplet).from_projections(p, q))
 
 
 @one_thread
@@ -261,13 +323,17 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, size: float) -> list[float
     [2.1, 2.1, 2.1]
     """
     upper, lower = spectrum.sigma - REACH[0] * size, max(0.0, spectrum.sigma - REACH[1] * size)
-    if upper <= 0:
+    if upper <= 0 or (spectrum.norms is not None and int((spectrum.norms > upper).sum()) > MOST):
         return None
+    matrices = spectrum.matrices
     if spectrum.triplet is not None and len(spectrum.matrices) == 1:
         sources, counts = [spectrum.triplet], [1]
     else:
-        sources = [_array(matrix.double()) for matrix in spectrum.matrices]
-        counts = (_singular_values(spectrum.matrices) > upper).sum(-1).tolist()
+        if spectrum.norms is not None:
+            near = spectrum.norms > upper
+            matrices, steps = spectrum.matrices[near], steps[near]
+        sources = [_array(_double(matrix)) for matrix in matrices]
+        counts = (_singular_values(matrices) > upper).sum(-1).tolist()
     if sum(counts) > MOST:
         return None
     best = [0.0] * 3
@@ -287,18 +353,21 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, size: float) -> list[float
 
 def _singular_values(matrices: Tensor) -> Tensor:
     """All singular values, descending; the small ones to half the digits, which is enough to tell them apart."""
-    matrices = matrices.double()
-    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    matrices = _double(matrices)
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mH
     if wide.device.type != "cpu":
-        return torch.linalg.eigvalsh(wide @ wide.mT).flip(-1).clamp_min(0).sqrt()
+        return torch.linalg.eigvalsh(wide @ wide.mH).flip(-1).clamp_min(0).sqrt()
     # NumPy sees the symmetry of one product and does half the work; and torch's threads would wait for each other
-    rows = [np.linalg.eigvalsh(one @ one.T) for one in wide.reshape(-1, *wide.shape[-2:]).numpy()]
+    each = wide.resolve_conj().reshape(-1, *wide.shape[-2:]).numpy()
+    rows = [np.linalg.eigvalsh(one @ one.conj().T) for one in each]
     return torch.from_numpy(np.sqrt(np.maximum(np.stack(rows)[:, ::-1], 0.0))).reshape(wide.shape[:-1])
 
 
 @one_thread
 def spectral_norm(matrix: Tensor) -> float:
-    """``||matrix||_2``, for a large matrix by Lanczos and up to 3e-4 too large; NaN or inf where that is in it.
+    """``||matrix||_2``, for a large matrix by Lanczos and up to 3e-4 too large; NaN where that or inf is in it.
+
+    Of matrices (g, m, n) the largest.
 
     Examples
     --------
@@ -309,9 +378,13 @@ def spectral_norm(matrix: Tensor) -> float:
     if matrix.numel() == 0:
         return 0.0
     try:
+        if matrix.ndim > 2 and len(matrix) > 1:
+            norms, (first,) = _norms(matrix, rank=1)
+            return float(norms[first])
+        matrix = matrix if matrix.ndim == 2 else matrix[0]
         # on a GPU by a Gram matrix, which single precision (there perhaps TF32) would spoil
         return float(
-            specpert.spectral_norm(_array(matrix) if matrix.device.type == "cpu" else matrix.double(), rtol=3e-4)
+            specpert.spectral_norm(_array(matrix) if matrix.device.type == "cpu" else _double(matrix), rtol=3e-4)
         )
     except specpert.NonFiniteError:
         return math.nan

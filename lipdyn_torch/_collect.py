@@ -27,7 +27,7 @@ from lipdyn_torch.noise import (
 )
 from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
 
-__all__ = ["Caught", "collect", "settle", "without_samples"]
+__all__ = ["RESIZED", "Caught", "collect", "settle", "without_samples"]
 
 NO_GRADIENT = "no gradient reached this layer"
 NO_SAMPLES = "no samples reached this layer"
@@ -40,6 +40,7 @@ UNOWNED = "its weight is not in the optimizer"
 NO_SPLIT = "variance part: the matrix is not a parameter itself"
 LOST = "gradient too small to tell its scale"
 RESCALED = "gradients were rescaled after the backward pass"
+RESIZED = "images of a new size: read on a torus that holds them"
 
 
 @dataclass
@@ -115,6 +116,7 @@ def collect(
     owned = [groups.get(id(p)) for p in watch.parameters if p.requires_grad]
     lr = max((float(group["lr"]) for group in owned if group), default=_largest_rate(optimizer))
     caught = Caught(watch, lr, frozen=not watch.trained, lengths=watch.lengths, latent=watch.latent)
+    caught.notes += [RESIZED] if watch.resized else []
     merged = watch.merged(switch)
     passes = [single for single in merged if single.counted]
     caught.eps = max(watch.eps, *(torch.finfo(p.dtype).eps for p in watch.parameters))
@@ -222,11 +224,11 @@ def _respond(
     spectrum = caught.spectrum
 
     def seen(tensors: list[Tensor]) -> Pair:
-        return spectrum.project(watch.rule.matrices(watch.module, watch.part, tensors)[spectrum.group])
+        return spectrum.project(watch.rule.matrix(watch.module, watch.part, tensors, spectrum.group))
 
     caught.drift, caught.whole, caught.weights = seen(drifts), seen(gradients), weights
-    if split:
-        caught.mean = watch.rule.matrices(watch.module, watch.part, gradients)[spectrum.group].double()
+    if split and not spectrum.matrices.is_complex():  # else there are no squares of samples either
+        caught.mean = watch.rule.matrix(watch.module, watch.part, gradients, spectrum.group).double()
     bent = watch.rule.second_order(watch.module, watch.part, drifts)
     caught.bent = 0.0 if bent is None else float(spectrum.u @ bent[spectrum.group] @ spectrum.v)
     if reference is not None:
@@ -367,13 +369,12 @@ def without_samples(layers: Sequence[Caught], keep_gradients: bool = False) -> N
     batch = max((caught.batch for caught in layers), default=0)
     for caught in layers:
         if caught.idle and caught.drift is not None and not caught.problems:
-            caught.batch, size, shape = batch, batch or 2, caught.spectrum.matrix.shape
-            zeros = partial(caught.spectrum.matrix.new_zeros, dtype=torch.float64)
-            gradients = zeros(size, *shape) if keep_gradients and _can_be_kept(caught) else None
-            squares = None if caught.mean is None else zeros(*shape)
-            caught.noise = GradientNoise(
-                zeros(size, shape[0]), zeros(size, shape[1]), squares, caught.mean, gradients=gradients
-            )
+            caught.batch, size, spectrum = batch, batch or 2, caught.spectrum
+            zeros = partial(spectrum.matrix.new_zeros, dtype=torch.float64)
+            gradients = zeros(size, *spectrum.matrix.shape) if keep_gradients and _can_be_kept(caught) else None
+            squares = None if caught.mean is None else zeros(*spectrum.matrix.shape)
+            p, q = zeros(size, len(spectrum.u)), zeros(size, len(spectrum.v))
+            caught.noise = GradientNoise(p, q, squares, caught.mean, gradients=gradients)
 
 
 def settle(layers: Sequence[Caught]) -> float:

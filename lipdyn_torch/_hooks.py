@@ -10,8 +10,9 @@ written over before: they are copied.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ __all__ = ["Call", "Switch", "Tap", "Watch"]
 #: Notes that explain NaN in the noise terms.
 UNPAIRED = "calls of the layer in one backward pass saw different numbers of samples: they cannot be paired"
 RETAINED = "several backward passes through one forward pass"
+SIZES = "images of a new size came between passes of one step: they cannot be compared"
 
 #: Relative accuracy of the Hessian's forms for weights in single precision, whose gradients are no better.
 ENOUGH = 3e-5
@@ -109,6 +111,7 @@ class Watch:
     eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
     lengths: tuple[int, ...] = field(default=(), init=False)  # all axes of an output but the last
     latent: bool = field(default=False, init=False)  # the input was a parameter itself
+    resized: bool = field(default=False, init=False)  # the matrix became another one for the size of an input
 
     def __post_init__(self) -> None:
         self._read(None)
@@ -120,8 +123,16 @@ class Watch:
 
     def _read(self, known: Spectrum | None) -> None:
         self.values = [value(p) for p in self.parameters]
+        self._understand(known)
+
+    def _understand(self, known: Spectrum | None) -> None:
+        """Read the spectrum of the values there are."""
         single = any(x.dtype != torch.float64 for x in self.values)
-        self.spectrum = read_spectrum(self._matrices(self.values), known, ENOUGH if single else 0.0)
+        matrices = self._matrices(self.values)
+        if self.rule.unknown:
+            self.spectrum = Spectrum(matrices, math.nan, math.nan, None, problem=self.rule.unknown)
+            return
+        self.spectrum = read_spectrum(matrices, known, ENOUGH if single else 0.0)
 
     def _matrices(self, values: list[Tensor]) -> Tensor:
         """The weight (g, m, n): in the parameters' own precision, in float64 where it has to be computed from them."""
@@ -136,12 +147,32 @@ class Watch:
     def refresh(self) -> bool:
         """Read the spectrum again if the weight is not bitwise the one it was read from; True if it was not."""
         same = all(_bitwise_equal(whole(p), x) for p, x in zip(self.parameters, self.values, strict=True))
-        if same and not self._plain:  # it may read more than the parameters
+        if same and not (self._plain or self.rule.pure):  # it may read more than the parameters
             known = self.spectrum.matrices
             same = _bitwise_equal(self._matrices([whole(p) for p in self.parameters]), known)
         if not same:
             self._read(self.spectrum)
         return not same
+
+    def meet(self, x: Any) -> None:
+        """Have the spectrum of the present weight, for this input, before the layer is used."""
+        unknown, changed = self.rule.unknown, self.rule.meet(x)
+        self.refresh()
+        if changed:
+            self._resize(not unknown)
+
+    def recall(self, noted: Sequence[float]) -> None:
+        """Take what another watch on this layer has met for met here."""
+        unknown = self.rule.unknown
+        if self.rule.recall(noted):
+            self._resize(not unknown)
+
+    def _resize(self, known: bool) -> None:
+        """The matrix is another one; `known` if it was known before."""
+        self.resized = self.resized or known
+        if self.passes and not self.hold:
+            self.problems[SIZES] = None
+        self._understand(self.spectrum)
 
     def look(self) -> tuple[list[Tensor], Tensor]:
         """The parameters and the weight (g, m, n) as they are now; what is remembered stays as it is."""
@@ -237,7 +268,7 @@ class Watch:
         """Drop what was received."""
         self.passes, self.problems = {}, {}
         self.accumulated, self.eps, self.totals, self.versions, self.reached = False, 0.0, [], {}, set()
-        self.lengths, self.latent = (), False
+        self.lengths, self.latent, self.resized = (), False, False
 
 
 def failure(error: Exception) -> str:
@@ -324,7 +355,7 @@ class _ForwardHook:
                 watch.latent = True
         if x is not None:
             for watch, _ in tap.feeds:
-                watch.refresh()
+                watch.meet(x)
             given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             if any(watch.hold and watch.trained for watch, _ in tap.feeds) and all(a.grad_fn is None for a in given):
                 x = tree_map_only(Tensor, Tensor.clone, x)

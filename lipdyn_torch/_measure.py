@@ -81,8 +81,8 @@ class Measurement:
         """
         before = self.caught.spectrum
         out: Row = dict.fromkeys(("eps", "dz1", "dz2", "dz3", "bound", "remainder"), _NAN)
-        sizes = [spectral_norm(update) for update in updates] if before.problem in ("", REPEATED) else [_NAN]
-        size = max(sizes) if all(map(math.isfinite, sizes)) else _NAN
+        size = spectral_norm(updates) if before.problem in ("", REPEATED) else _NAN
+        size = size if size < math.inf else _NAN
         if size == size:
             out["eps"] = 2.0 * size / before.gap if before.gap > 0 else (math.inf if size > 0 else 0.0)
         if after is None:  # while eps < 1 the largest value stays the largest
@@ -162,7 +162,7 @@ def _bound(before: Spectrum, update: Tensor, size: float, row: Row, first: float
     Weyl), and, for the series with eps < 1, within its remainder (theory 1.9). Rounding is allowed for.
     """
     margin = 10.0 * max(before.matrices.shape[1:]) * 2.0**-52 * (before.sigma + size)
-    if update.dtype != torch.float64:  # the difference of two weights was rounded, and || |D| ||_2 <= ||D||_F
+    if torch.finfo(update.dtype).eps > 1e-10:  # the difference of two weights was rounded, and || |D| ||_2 <= ||D||_F
         margin += 2.0**-24 * size * math.sqrt(min(update.shape))
     if row["mode"] == "exact":
         return 0.0

@@ -76,7 +76,7 @@ def check_settings(
         raise ValueError(f"expected budget to be a positive number of per cent, got {budget!r}")
     if not _whole(warmup, 0):
         raise ValueError(f"expected warmup to be a whole number of steps, got {warmup!r}")
-    choices = {"noise": (noise, ("full", "split", "factor")), "conv": (conv, ("matrix",))}
+    choices = {"noise": (noise, ("full", "split", "factor")), "conv": (conv, ("matrix", "operator"))}
     choices["sampling"] = (sampling, ("shuffle", "iid"))
     for name, (value, allowed) in choices.items():
         if value not in allowed:

@@ -254,14 +254,14 @@ class ConvolutionOperator:
             Whether to decompose one matrix (co, ci) for each pixel for the tightest bound, "torus"; the norm itself
             for a convolution on a torus. For large images "frequencies" is cheaper.
         """
-        spread = self._scale * self._spread
+        spread = self._scale * self.spread
         uppers = {
             "reshaped": spread * self._reshaped_bound(),
             "taps": spread * float(sum(torch.linalg.matrix_norm(tap, 2).amax() for tap in self._taps())),
             "frequencies": spread * self._frequency_bound(grid),
         }
         if torus:
-            uppers["torus"] = self.norm if self.exact else spread * self._covering_norm()
+            uppers["torus"] = spread * _torus_norm(self._grouped, self.torus, self.stride, self.dilation)
         uppers = {name: bound * (1 + _SAFETY) for name, bound in sorted(uppers.items(), key=lambda pair: pair[1])}
         return NormBounds(self.norm * (1 - _SAFETY), min(uppers.values()), uppers)
 
@@ -276,7 +276,7 @@ class ConvolutionOperator:
         8.9457
         """
         if self.exact:
-            return self._scale * _torus_norm(self._grouped, self.size, self.stride, self.dilation)
+            return self._scale * _torus_norm(self._grouped, self.torus, self.stride, self.dilation)
         unit = self.kernel / self._scale
         A = self._linear(unit)
         if not bool(unit.any()):
@@ -320,7 +320,7 @@ class ConvolutionOperator:
         return list(self._grouped.flatten(3).unbind(-1))
 
     @property
-    def _spread(self) -> float:
+    def spread(self) -> float:
         """Norm of the padding: the root of how often it shows one pixel. The bounds are those of what comes after."""
         if self.padding_mode == "zeros" or self.exact:
             return 1.0
@@ -353,19 +353,34 @@ class ConvolutionOperator:
         once = [1] * len(self.size)  # dilation only moves frequencies, a stride takes means over several
         return _torus_norm(self._grouped, [grid] * len(self.size), once, once) / math.sqrt(slack)
 
-    def _covering_norm(self) -> float:
-        """Norm on the least torus on which nothing that pads or is padded meets the other end (theory 3.3)."""
+    @property
+    def torus(self) -> list[int]:
+        """Pixels of the least torus on which nothing that pads or is padded meets the other end (theory 3.3).
+
+        The norm there is an upper bound, and the norm itself of a convolution that is one on a torus.
+
+        Examples
+        --------
+        >>> import torch
+        >>> ConvolutionOperator(torch.ones(1, 1, 3, 3), 32, padding=1).torus
+        [33, 33]
+        """
+        if self.exact:
+            return self.size
         sizes = []
         for i, s in enumerate(self.stride):
             # what other padding shows is a larger image without any
             n, before = (self.size[i], self.padding[i][0]) if self.padding_mode == "zeros" else (self._padded[i], 0)
             last = (self.out[i] - 1) * s + self._reach[i] - before
             sizes.append(-(-max(n + before, last + 1, s * self.out[i]) // s) * s)
-        return _torus_norm(self._grouped, sizes, self.stride, self.dilation)
+        return sizes
 
     def _torus_blocks(self, kernel: Tensor) -> Tensor:
         """Its blocks, the operator being one on a torus."""
-        return _blocks(kernel.unflatten(0, (self.groups, -1)), self.size, self.stride, self.dilation)
+        return blocks(
+            kernel.unflatten(0, (self.groups, -1)),
+            phases(kernel.shape[2:], self.size, self.stride, self.dilation),
+        )
 
     def _top_blocks(self, B: Tensor) -> list[tuple[int, int]]:
         """Frequency and group of the blocks that attain the norm: opposite ones at least, more by symmetries."""
@@ -458,26 +473,38 @@ def _tied(count: int) -> Exception:
     )
 
 
-def _blocks(
-    W: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], half: bool = False
+def phases(
+    taps: Sequence[int], size: Sequence[int], stride: Sequence[int], dilation: Sequence[int], distinct: bool = False
 ) -> Tensor:
-    """The matrices (frequencies, g, co / g, ci / g prod s) of a convolution W (g, co / g, ci / g, *k) on a torus.
+    """What each tap of a kernel is multiplied by at each frequency of a torus: E, complex, (frequencies, taps, prod s).
 
-    Frequencies i + a L / s for a = 0 ... s - 1 are one behind a stride s (theory 3.2). With `half` not all of those
-    are there whose opposites are, which have the conjugate matrices.
+    Frequencies i + a L / s for a = 0 ... s - 1 are one behind a stride s (theory 3.2). With `distinct` there is one of
+    those that are bound to have the same singular values: where E E^* is the same, or the conjugate.
     """
-    dims, index = len(size), torch.zeros((), dtype=torch.long, device=W.device)
-    for k, d, n in zip(W.shape[3:], dilation, size, strict=True):
-        index = index[..., None] * n + torch.arange(k, device=W.device) * d % n
-    placed = W.new_zeros(*W.shape[:3], math.prod(size)).index_add(-1, index.flatten(), W.flatten(3))
-    What = torch.fft.fftn(placed.unflatten(-1, list(size)), dim=tuple(range(-dims, 0)))
-    for n, s in zip(size, stride, strict=True):
-        What = What.unflatten(3, (s, n // s)).movedim((3, 4), (-2, -1))  # the next axis is then the first
-    folds, coarse = (range(start, start + 2 * dims, 2) for start in (3, 4))
-    B = What.permute(*coarse, 0, 1, 2, *folds).flatten(dims + 2)
-    if half:
-        B = B.narrow(dims - 1, 0, B.shape[dims - 1] // 2 + 1)
-    return B.flatten(0, dims - 1) / math.sqrt(math.prod(stride))
+    total, names = torch.ones(1, 1, 1, dtype=torch.complex128), np.zeros((2, 1), dtype=np.int64)
+    for k, n, s, d in zip(taps, size, stride, dilation, strict=True):
+        coarse = torch.arange(n // s)
+        fine = coarse[:, None] + torch.arange(s) * (n // s)
+        turns = fine[:, None] * (torch.arange(k) * d)[:, None] % n
+        axis = torch.polar(torch.ones(turns.shape, dtype=torch.float64), turns.double() * (-2.0 * math.pi / n))
+        total = torch.einsum("fka,glb->fgklab", total, axis).flatten(4).flatten(2, 3).flatten(0, 1)
+        # taps b apart have s exp(2 pi i b d i / L) in common if s divides b d, else nothing
+        name = (coarse * (d // math.gcd(d, s) if overlaps(k, s, d) else 0)).numpy()
+        names = (names[:, :, None] * (n // s) + np.stack([name, -name])[:, None] % (n // s)).reshape(2, -1)
+    if distinct:
+        total = total[np.sort(np.unique(names.min(0), return_index=True)[1])]
+    return total / math.sqrt(math.prod(stride))
+
+
+def overlaps(taps: int, stride: int, dilation: int) -> bool:
+    """Whether a pixel is in several patches along an axis; else the frequency there makes no difference."""
+    return stride // math.gcd(dilation, stride) < taps
+
+
+def blocks(W: Tensor, turned: Tensor) -> Tensor:
+    """The matrices (frequencies, g, co / g, ci / g prod s) of a convolution W (g, co / g, ci / g, k...) by `phases`."""
+    seen = W.flatten(3) @ torch.view_as_real(turned.to(W.device)).transpose(0, 1).flatten(1)  # one real product
+    return torch.view_as_complex(seen.unflatten(-1, (len(turned), -1, 2))).permute(3, 0, 1, 2, 4).flatten(3)
 
 
 def _tops(B: Tensor) -> Tensor:
@@ -488,7 +515,7 @@ def _tops(B: Tensor) -> Tensor:
 
 def _torus_norm(W: Tensor, size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> float:
     """Norm of a convolution on a torus."""
-    return float(_tops(_blocks(W, size, stride, dilation, half=True)).amax())
+    return float(_tops(blocks(W, phases(W.shape[3:], size, stride, dilation, distinct=True))).amax())
 
 
 def _sizes(given: Any, dims: int, name: str, least: int) -> list[int]:

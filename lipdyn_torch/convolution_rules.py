@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lipdyn_torch._bridge import as_given, as_real
+from lipdyn_torch.convolution import ConvolutionOperator, blocks, overlaps, phases
 from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule, together
 
-__all__ = ["ConvRule", "ConvTransposeRule"]
+__all__ = ["ConvRule", "ConvTransposeRule", "TorusRule"]
 
 
 class ConvRule(LayerRule):
@@ -82,6 +85,132 @@ class ConvTransposeRule(ConvRule):
     def operands(self, module: Any, x: Tensor, delta: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Input and output gradient in each other's place."""
         return super().operands(module, delta, x, group)
+
+
+@dataclass
+class Torus:
+    """One that holds all images which a convolution has seen, and what padding that is not zero does to the norm."""
+
+    module: Any
+    pixels: tuple[int, ...] = ()
+    spread: float = 1.0
+    seen: set[tuple[int, ...]] = field(default_factory=set)
+    phases: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def hold(self, size: tuple[int, ...]) -> bool:
+        """Make it large enough for images of that size; True if it is another one then."""
+        if size in self.seen:
+            return False
+        self.seen.add(size)
+        operator = ConvolutionOperator.of(self.module, size)
+        old = () if operator.exact else self.pixels  # a convolution on a torus is one on its own alone
+        return self.put(tuple(map(max, old or operator.torus, operator.torus)), max(self.spread, operator.spread))
+
+    def put(self, pixels: tuple[int, ...], spread: float) -> bool:
+        """Take this one; True if it is another."""
+        if (pixels, spread) == (self.pixels, self.spread):
+            return False
+        self.pixels, self.spread = pixels, spread
+        taps, geometry = self.module.kernel_size, (self.module.stride, self.module.dilation)
+        self.phases = spread * phases(taps, pixels, *geometry, distinct=True).to(self.module.weight.device)
+        return True
+
+
+class TorusRule(LayerRule):
+    """A convolution as an operator on a torus that holds the images: a complex matrix for each frequency (theory 3.2).
+
+    The norm is an upper bound of that on the images themselves, and the norm itself for circular padding (theory 3.3).
+    The matrices are linear in the kernel: each is the reshaped kernel times a matrix E of phases.
+    """
+
+    pure = True
+
+    @classmethod
+    def of(cls, rule: ConvRule, module: Any) -> ConvRule | TorusRule:
+        """The rule itself where the reshaped kernel has the norm of the operator: where no patches overlap."""
+        axes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        same = getattr(module, "padding_mode", "zeros") == "zeros" and not any(overlaps(*axis) for axis in axes)
+        return rule if same else cls(rule, module)
+
+    def __init__(self, inner: ConvRule, module: Any) -> None:
+        self.inner, self.torus = inner, Torus(module)
+
+    @property
+    def unknown(self) -> str:  # type: ignore[override]
+        """Before the first image its size is not known."""
+        return "" if self.torus.pixels else "no image has been seen yet"
+
+    def meet(self, x: Tensor) -> bool:
+        """Make the torus large enough for the image."""
+        return self.torus.hold(tuple(x.shape[-len(self.torus.module.kernel_size) :]))
+
+    def noted(self) -> list[float]:
+        """Pixels of the torus along each axis, and what the padding does; zeros before the first image."""
+        return [*(self.torus.pixels or [0] * len(self.torus.module.kernel_size)), self.torus.spread]
+
+    def recall(self, noted: Sequence[float]) -> bool:
+        """Take that torus."""
+        if not any(noted[:-1]):
+            return False
+        return self.torus.put(tuple(map(int, noted[:-1])), float(noted[-1]))
+
+    def inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As of the reshaped kernel."""
+        return self.inner.inputs(module, args, kwargs)
+
+    def output(self, module: Any, output: Any) -> Tensor | None:
+        """As of the reshaped kernel."""
+        return self.inner.output(module, output)
+
+    def samples(self, module: Any, delta: Tensor) -> int:
+        """As of the reshaped kernel."""
+        return self.inner.samples(module, delta)
+
+    def matrices(self, module: Any, part: str, tensors: Sequence[Tensor]) -> Tensor:
+        """(co, ci / g, k...) to (frequencies g, co / g, ci / g prod s), complex; reshaped while there is no torus."""
+        if not self.torus.pixels:
+            return self.inner.matrices(module, part, tensors)
+        return self._blocks(tensors[0], slice(None)).flatten(0, 1)
+
+    def matrix(self, module: Any, part: str, tensors: Sequence[Tensor], group: int) -> Tensor:
+        """One of `matrices`."""
+        frequency, inner = divmod(group, module.groups)
+        return self._blocks(tensors[0], slice(frequency, frequency + 1))[0, inner]
+
+    def effective(self, module: Any, part: str, tensors: Sequence[Tensor]) -> Tensor:
+        """The same: linear, but not the kernel itself."""
+        return self.matrices(module, part, tensors)
+
+    def _blocks(self, kernel: Tensor, which: slice) -> Tensor:
+        W = kernel.double().unflatten(0, (self.torus.module.groups, -1))
+        return blocks(W, self.torus.phases[which])
+
+    def contract(
+        self,
+        module: Any,
+        x: Tensor,
+        delta: Tensor,
+        u: Tensor,
+        v: Tensor,
+        block: Block,
+        weights: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """``p_i = R_i E v`` and ``q_i = E^* R_i^T u`` from those of the sample's reshaped gradient R_i (theory 2.4)."""
+        frequency, group = divmod(block.group, module.groups)
+        E = self.torus.phases[frequency].to(u.device)  # of each channel (K, prod s)
+        u, v = (as_given(z, torch.complex128) for z in (u, v))
+        seen = (v.unflatten(0, (-1, E.shape[1])) @ E.T).flatten()
+        inner = Block(block.part, group)
+        (p, q), (r, s) = (
+            self.inner.contract(module, x, delta, a, b, inner, weights)
+            for a, b in ((u.real, seen.real), (u.imag, seen.imag))
+        )
+        q = torch.complex(q, s).unflatten(1, (-1, E.shape[0])) @ E.conj()
+        return as_real(torch.complex(p, r)), as_real(q.flatten(1))
+
+    def sum_of_squares(self, module: Any, x: Any, delta: Tensor, block: Block) -> Tensor | None:
+        """None: the matrix is not the kernel itself."""
+        return None
 
 
 def _batched(a: Tensor, dims: int) -> Tensor:

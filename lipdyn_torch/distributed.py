@@ -68,19 +68,19 @@ def active(group: dist.ProcessGroup | None = None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def agree(number: int, device: torch.device, group: dist.ProcessGroup | None = None) -> int:
-    """The largest of the processes' numbers, so that all do the same; all processes must call it.
+def agree(numbers: Sequence[float], device: torch.device, group: dist.ProcessGroup | None = None) -> list[float]:
+    """The largest of each of the processes' numbers, so that all do the same; all processes must call it.
 
     Examples
     --------
-    >>> agree(3, torch.device("cpu"))
-    3
+    >>> agree([3, 4], torch.device("cpu"))
+    [3, 4]
     """
     if not active(group):
-        return number
-    largest = torch.tensor(number, device=device)
+        return list(numbers)
+    largest = torch.tensor(numbers, device=device, dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    return int(largest)
+    return [float(number) for number in largest]
 
 
 def total(numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:

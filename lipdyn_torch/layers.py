@@ -70,6 +70,10 @@ class LayerRule:
     label = "monitored"
     #: The parameter that is the matrix.
     parameter = "weight"
+    #: Whether an `effective` of the rule's own depends on nothing but the tensors that it is given.
+    pure = False
+    #: Why the matrix is not known yet; empty when it is.
+    unknown = ""
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Why this very module cannot be read, or None if it can."""
@@ -91,9 +95,25 @@ class LayerRule:
         """Tensors of the parameters' shapes (gradients, say) as matrices (g, m, n); linear in the tensors."""
         return tensors[0].reshape(1, tensors[0].shape[0], -1)
 
+    def matrix(self, module: Any, part: str, tensors: Sequence[Tensor], group: int) -> Tensor:
+        """One of `matrices`, (m, n)."""
+        return self.matrices(module, part, tensors)[group]
+
     def effective(self, module: Any, part: str, tensors: Sequence[Tensor]) -> Tensor:
         """The parameters as matrices (g, m, n)."""
         return self.matrices(module, part, tensors)
+
+    def meet(self, x: Any) -> bool:
+        """Take note of an input before the matrix is read; True if the matrix is another one for it."""
+        return False
+
+    def noted(self) -> list[float]:
+        """What `meet` has noted, as numbers; of several notes the largest of each together are one."""
+        return []
+
+    def recall(self, noted: Sequence[float]) -> bool:
+        """Put such numbers in place of what was noted; True if the matrix is then another one."""
+        return False
 
     def second_order(self, module: Any, part: str, tensors: Sequence[Tensor]) -> Tensor | None:
         """What a step of the parameters does to the matrices beyond `matrices`; None where that is all."""

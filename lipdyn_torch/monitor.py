@@ -11,6 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
+from itertools import chain, islice
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -19,9 +20,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-import lipdyn_torch.convolution_rules  # noqa: F401  (registers its rules)
 from lipdyn_torch._bridge import one_thread
-from lipdyn_torch._collect import Caught, collect, settle, without_samples
+from lipdyn_torch._collect import RESIZED, Caught, collect, settle, without_samples
 from lipdyn_torch._hooks import Switch, listen
 from lipdyn_torch._measure import Measurement, network_row
 from lipdyn_torch._settings import batch_dims, check_settings, check_types, checked_sinks, innermost
@@ -273,7 +273,7 @@ class LipschitzMonitor:
         self._switch = Switch(discard=self._discard)
         # What a preconditioner does to a sample is known at the step only; so is which calls share a weight.
         hold = self._split or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.RMSprop)
-        self._survey = survey(self._model, optimizer, self._switch, hold, dims)
+        self._survey = survey(self._model, optimizer, self._switch, hold, dims, conv == "operator")
         self._watches = self._survey.watches
         self._batch_norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.skipped = self._survey.skipped
@@ -350,7 +350,7 @@ class LipschitzMonitor:
         """
         return {
             **{"version": 1, "step": self._step, "history": self.history.state_dict()},
-            **{"schedule": self._schedule.state_dict()},
+            **{"schedule": self._schedule.state_dict(), "noted": {w.name: w.rule.noted() for w in self._watches}},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -371,6 +371,7 @@ class LipschitzMonitor:
         for watch in self._watches:
             watch.forget()
             watch.refresh()
+            watch.recall(state.get("noted", {}).get(watch.name, []))
         if self.history.rows and self.history.rows[-1]["step"] == self._step - 1:
             expected, found = self.log_k, self._log_k_now()
             if abs(expected - found) > 1e-6:
@@ -466,7 +467,7 @@ class LipschitzMonitor:
 
     def _agree(self, period: int) -> int:
         """All processes measure the same steps: those the slowest of them can afford."""
-        return agree(period, self._device, self._group)
+        return int(agree([period], self._device, self._group)[0])
 
     @property
     def _device(self) -> torch.device:
@@ -548,6 +549,11 @@ class LipschitzMonitor:
         if not groups.keys() <= self._owned:
             self._owned |= groups.keys()
             warnings.warn(ADDED, stacklevel=2)
+        noted = {watch.name: watch.rule.noted() for watch in self._watches}
+        if any(noted.values()) and active(self._group):  # the largest images may have come to another process
+            largest = iter(agree(list(chain.from_iterable(noted.values())), self._device, self._group))
+            for watch in self._watches:
+                watch.recall(list(islice(largest, len(noted[watch.name]))))
         reference = self._mean_gradient()
         caught = [
             collect(watch, self._optimizer, groups, self._switch, self._split, reference, self._keep_gradients)
@@ -576,7 +582,7 @@ class LipschitzMonitor:
             return
         for layer, row in zip(layers, last, strict=False):
             sigma = layer.spectrum.sigma
-            if sigma > 0 and abs(math.log(sigma) - row["z"] - row["dz"]) > 1e-9:
+            if RESIZED not in layer.notes and sigma > 0 and abs(math.log(sigma) - row["z"] - row["dz"]) > 1e-9:
                 layer.notes.append(CHANGED)
 
     def _changed(self) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lipdyn_torch._hooks import Switch, Tap, Watch
+from lipdyn_torch.convolution_rules import ConvRule, TorusRule
 from lipdyn_torch.errors import NoSupportedLayerError, UnownedParametersError
 from lipdyn_torch.fallback import FallbackRule
 from lipdyn_torch.history import NETWORK
@@ -63,8 +64,15 @@ class Survey:
         return {entry.module: entry.detail for entry in self.entries if entry.how == "skipped"}
 
 
-def survey(model: nn.Module, optimizer: Optimizer, switch: Switch, hold: bool, batch_dims: Mapping[str, int]) -> Survey:
-    """Find the matrices of the model.
+def survey(
+    model: nn.Module,
+    optimizer: Optimizer,
+    switch: Switch,
+    hold: bool,
+    batch_dims: Mapping[str, int],
+    operators: bool = False,
+) -> Survey:
+    """Find the matrices of the model; with `operators` those of convolutions on images, not their reshaped kernels.
 
     Raises
     ------
@@ -85,6 +93,8 @@ def survey(model: nn.Module, optimizer: Optimizer, switch: Switch, hold: bool, b
         if rule is None or reason is not None:
             found.entries.append(Entry(_row_name(path, module), type(module).__name__, "skipped", reason or "no rule"))
             continue
+        if operators and isinstance(rule, ConvRule):
+            rule = TorusRule.of(rule, module)
         covered |= {id(child) for cover in rule.covers(module) for child in cover.modules()}
         # images have the samples first, and rules of the user's own and attention say themselves where they are
         dim = batch_dims.get(path, 0) if isinstance(rule, LinearRule | EmbeddingRule | LowRankSumRule) else 0
@@ -122,9 +132,13 @@ def _add_module(
             found.watches.append(watch)
             shape = " x ".join(map(str, watch.spectrum.matrices.shape[-2:]))
             count = len(watch.spectrum.matrices)
-            detail = (f"{count} of " if count > 1 else "") + shape + ("" if watch.trained else ", frozen: sigma only")
+            detail = (f"{count} of " if count > 1 else "") + shape
+            detail += ", as an operator on images" if isinstance(rule, TorusRule) else ""
+            detail += "" if watch.trained else ", frozen: sigma only"
         else:
             detail = f"shares its weight with {watch.name}: contributions added"
+            if isinstance(rule, TorusRule) and isinstance(watch.rule, TorusRule):
+                rule.torus = watch.rule.torus
         tap.feeds.append((watch, part))
         found.entries.append(Entry(row, kind, rule.label, detail))
     if tap.feeds:

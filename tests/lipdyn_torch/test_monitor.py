@@ -218,7 +218,7 @@ def test_step_without_backward(mlp_case, steps_before):
         ({"warmup": -1}, "expected warmup to be a whole number of steps, got -1"),
         ({"every": True}, "expected every to be a whole number .* got True"),
         ({"noise": "sketch"}, "expected noise to be 'full' or 'split' or 'factor', got 'sketch'"),
-        ({"conv": "operator"}, "expected conv to be 'matrix', got 'operator'"),
+        ({"conv": "fft"}, "expected conv to be 'matrix' or 'operator', got 'fft'"),
         ({"sampling": "sorted"}, "expected sampling to be 'shuffle' or 'iid', got 'sorted'"),
         ({"dataset_size": 0}, "expected dataset_size to be a positive whole number or None, got 0"),
         ({"sinks": ["history.jsonl"]}, "expected sinks with start, write and close, got 'history.jsonl'"),
