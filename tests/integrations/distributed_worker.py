@@ -140,6 +140,30 @@ def trained(
     return rows, [full(p.detach()).clone() for p in model.parameters()]
 
 
+def pictured(rank: int | None, steps: int = 3) -> list[dict]:
+    """Rows of a run with ``conv="operator"`` in which the second process has the larger images."""
+    from lipdyn_torch import LipschitzMonitor
+
+    torch.manual_seed(7)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)
+    ).double()
+    called = model if rank is None else nn.parallel.DistributedDataParallel(model)
+    optim = torch.optim.SGD(model.parameters(), lr=0.05)
+    with LipschitzMonitor(model, optim, conv="operator") as monitor:
+        for step in range(steps):
+            optim.zero_grad()
+            for part, size in enumerate((6, 9)):
+                generator = torch.Generator().manual_seed(10 * step + part)
+                x = torch.randn(4, 2, size, size, generator=generator, dtype=torch.float64)
+                y = torch.randint(3, (4,), generator=generator)
+                if rank is None or rank == part:
+                    loss = nn.functional.cross_entropy(called(x), y)
+                    (loss / WORLD if rank is None else loss).backward()
+            optim.step()
+    return monitor.history.rows
+
+
 def collectives(rank: int) -> list[int]:
     """Numbers that the monitor's collectives sent in each of three steps."""
     sent: list[int] = []
@@ -177,6 +201,7 @@ SCENARIOS = {
     "ddp-unknown": lambda rank: trained(rank, "ddp", "Adagrad", cut=5),
     "ddp-overflow": lambda rank: trained(rank, "ddp", cut=5, overflow=True),
     "ddp-clipped": lambda rank: trained(rank, "ddp", groups=True),
+    "ddp-images": pictured,
     "fsdp-adam": lambda rank: trained(rank, "fsdp", "Adam"),
 }
 

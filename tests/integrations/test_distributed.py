@@ -219,6 +219,22 @@ def test_a_gradient_of_one_process_holds_up_none(combined):
         assert all(torch.equal(a, b) for a, b in zip(weights, undisturbed, strict=True))
 
 
+def test_images_of_other_sizes_in_every_process(combined):
+    """The torus that holds the largest images of all processes is known to all from the second step on."""
+    one, other = (combined[rank]["ddp-images"] for rank in (0, 1))
+    alone = worker.pictured(None)
+    layers = {row["layer"] for row in alone}
+    assert len(one) == len(other) == len(alone) == 3 * len(layers)
+    for row, second, want in zip(one, other, alone, strict=True):
+        if row["step"] == 0:
+            assert row["sigma"] == pytest.approx(second["sigma"], rel=1e-12)
+            continue
+        assert row["status"] == second["status"] == want["status"] == "ok"
+        for key in ("sigma", "mu", "kappa", "lambda_sq", "dz"):
+            assert row[key] == pytest.approx(want[key], rel=1e-10, abs=1e-13), key
+            assert row[key] == pytest.approx(second[key], rel=1e-10, abs=1e-13), key
+
+
 def test_one_small_collective_in_a_step(combined):
     for rank in (0, 1):
         sent = combined[rank]["collectives"]

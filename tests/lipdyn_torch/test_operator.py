@@ -17,6 +17,11 @@ from lipdyn_torch.convolution import phases
 SAMPLES, LR = 5, 0.03
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(5)
+
+
 def literal_blocks(module: nn.Module, torus: list[int], kernel: Tensor) -> Tensor:
     """Every matrix (co / g, ci / g prod s) of the convolution on a torus, tap by tap (theory 3.2)."""
     W = kernel.unflatten(0, (module.groups, -1))
@@ -105,7 +110,7 @@ def test_every_term_is_its_dense_definition(layer, optimizer):
                 corrected = optim.state[conv.weight]["exp_avg_sq"].flatten() / (1 - 0.999 ** (step + 1))
                 W = 1 / (corrected.sqrt() + 1e-3)
             expected = dense_forces.forces(
-                [before], lambda K: spread * literal_blocks(conv, torus, K)[best], G, W, D.flatten(), LR
+                [before], lambda K, best=best: spread * literal_blocks(conv, torus, K)[best], G, W, D.flatten(), LR
             )
             after = spread * torch.linalg.svdvals(literal_blocks(conv, torus, conv.weight.detach())).amax()
             assert row["sigma"] == pytest.approx(float(torch.stack(tops).amax()), rel=1e-12)
@@ -135,3 +140,201 @@ def test_sigma_bounds_the_operator(layer):
     assert sigma <= 2 * true
     if layer == "circular":
         assert sigma == pytest.approx(true, rel=1e-12)
+
+
+def trained(model: nn.Sequential, shapes: list[tuple[int, ...]], **settings: object) -> LipschitzMonitor:
+    optim = torch.optim.SGD(model.parameters(), lr=LR)
+    with LipschitzMonitor(model, optim, conv="operator", **settings) as monitor:
+        for step, shape in enumerate(shapes):
+            x, y = images(shape, step)
+            optim.zero_grad()
+            nn.functional.cross_entropy(model(x.to(next(model.parameters()).dtype)), y).backward()
+            optim.step()
+    return monitor
+
+
+def pooled(*convs: nn.Module) -> nn.Sequential:
+    """A network for images of any size."""
+    return nn.Sequential(
+        *convs, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * convs[-1].out_channels, 3)
+    ).double()
+
+
+def test_single_precision():
+    rows = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        model = pooled(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1)).to(dtype)
+        rows.append(trained(model, [(3, 12, 12)] * 3).history.rows)
+    for double, single in zip(*rows, strict=True):
+        assert single["status"] == double["status"] == "ok"
+        for key in ("sigma", "mu", "kappa", "lambda_sq"):
+            assert single[key] == pytest.approx(double[key], rel=1e-4, abs=1e-7), key
+
+
+def test_larger_images_enlarge_the_torus():
+    model = pooled(nn.Conv2d(2, 3, 3, padding=1))
+    start = model[0].weight.detach().clone()
+    sizes = [8, 6, 11, 11]
+    monitor = trained(model, [(2, n, n) for n in sizes])
+    rows = [row for row in monitor.history.rows if row["layer"] == "0"]
+    new = "images of a new size: read on a torus that holds them"
+    assert [row["status"] for row in rows] == ["ok", "ok", new, "ok"]
+    norm = ConvolutionOperator(start, 8, padding=1).bounds().uppers["torus"]
+    assert rows[0]["sigma"] == pytest.approx(norm, rel=1e-9)
+    assert all(math.isfinite(row["kappa"]) for row in rows)
+    kernel = model[0].weight.detach()
+    norm = ConvolutionOperator(kernel, 11, padding=1).bounds().uppers["torus"]
+    assert math.exp(rows[-1]["z"] + rows[-1]["dz"]) == pytest.approx(norm, rel=1e-9)
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_images_of_two_sizes_in_one_step(hold):
+    """A larger image after a smaller one: what was contracted before does not fit; what is kept, as for Adam, does."""
+    model = pooled(nn.Conv2d(2, 3, 3, padding=1))
+    optim = (torch.optim.Adam if hold else torch.optim.SGD)(model.parameters(), lr=LR)
+    with LipschitzMonitor(model, optim, conv="operator") as monitor:
+        for _ in range(2):
+            optim.zero_grad()
+            for size in (6, 9):
+                x, y = images((2, size, size), size)
+                nn.functional.cross_entropy(model(x), y).backward()
+            optim.step()
+    first, second = (row for row in monitor.history.rows if row["layer"] == "0")
+    if not hold:
+        assert first["status"].startswith("images of a new size came between passes of one step")
+    assert math.isnan(first["kappa"]) == (not hold)
+    assert second["status"] == "ok"
+    assert math.isfinite(second["kappa"])
+
+
+def test_before_the_first_image():
+    """A layer that no image has come to is not known, and says so."""
+
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.rest = nn.Conv2d(2, 2, 3, padding=1), pooled(nn.Conv2d(2, 3, 3))
+            self.use = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(self.conv(x) if self.use else x)
+
+    torch.manual_seed(0)
+    model = Sometimes().double()
+    optim = torch.optim.SGD(model.parameters(), lr=LR)
+    with LipschitzMonitor(model, optim, conv="operator") as monitor:
+        assert math.isnan(monitor.log_k)
+        for use in (False, True):
+            model.use = use
+            x, y = images((2, 8, 8), 0)
+            with torch.no_grad():
+                model.rest(torch.zeros(1, 2, 30, 30).double())  # an evaluation: its images do not count
+            optim.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optim.step()
+    first, second = (row for row in monitor.history.rows if row["layer"] == "conv")
+    assert "no image has been seen yet" in first["status"]
+    assert math.isnan(first["sigma"])
+    assert second["status"] == "ok"
+    assert second["sigma"] > 0
+    (rest, _) = (row for row in monitor.history.rows if row["layer"] == "rest.0")
+    assert rest["status"] == "ok"
+
+
+def test_where_no_patches_overlap_the_kernel_is_read():
+    """Pointwise convolutions and patch embeddings: the norm is that of the reshaped kernel, split and all."""
+    model = pooled(nn.Conv2d(2, 6, 4, stride=4), nn.Conv2d(6, 4, 1))
+    monitor = trained(model, [(2, 12, 12)], noise="split")
+    assert "operator" not in str(monitor.report())
+    for row in monitor.history.rows[:2]:
+        conv = model.get_submodule(row["layer"])
+        assert math.isfinite(row["kappa_var"])
+        after = math.exp(row["z"] + row["dz"])
+        assert after == pytest.approx(float(torch.linalg.matrix_norm(conv.weight.detach().flatten(1), 2)), rel=1e-12)
+    assert ConvolutionOperator.of(model[0], 12).norm == pytest.approx(
+        float(torch.linalg.matrix_norm(model[0].weight.detach().flatten(1), 2)), rel=1e-8
+    )
+
+
+def test_tied_kernels():
+    """One kernel in two places, on images of two sizes: contributions are added, on the larger torus."""
+    first, second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+    second.weight = first.weight
+    model = pooled(nn.Sequential(first, nn.MaxPool2d(2)), second)
+    monitor = trained(model, [(3, 10, 10)] * 2)
+    rows = [row for row in monitor.history.rows if row["layer"] == "0.0"]
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    norm = ConvolutionOperator(first.weight.detach(), 10, padding=1).bounds().uppers["torus"]
+    assert math.exp(rows[-1]["z"] + rows[-1]["dz"]) == pytest.approx(norm, rel=1e-9)
+
+
+def test_stop_and_resume():
+    def run(model: nn.Sequential, monitor: LipschitzMonitor, optim: torch.optim.SGD, steps: list[int]) -> None:
+        for step in steps:
+            x, y = images((2, *[(9, 9), (6, 6), (7, 7)][min(step, 2)]), step)
+            optim.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optim.step()
+
+    def start() -> tuple[nn.Sequential, torch.optim.SGD, LipschitzMonitor]:
+        model = pooled(nn.Conv2d(2, 3, 3, padding=1))
+        optim = torch.optim.SGD(model.parameters(), lr=LR)
+        return model, optim, LipschitzMonitor(model, optim, conv="operator")
+
+    model, optim, monitor = start()
+    run(model, monitor, optim, [0, 1])
+    states = model.state_dict(), monitor.state_dict()
+    again, optim_again, resumed = start()
+    again.load_state_dict(states[0])
+    resumed.load_state_dict(states[1])
+    assert resumed.log_k == monitor.log_k
+    run(again, resumed, optim_again, [2, 3])
+    run(model, monitor, optim, [2, 3])
+    for one, other in zip(monitor.history.rows, resumed.history.rows, strict=True):
+        for key, value in one.items():
+            assert other[key] == (pytest.approx(value, rel=1e-9, nan_ok=True) if isinstance(value, float) else value)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
+def test_the_largest_of_many_norms(scale):
+    """Only what may be among the largest is decomposed; twin: all of them."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(200, 4, 6, 2, generator=generator, dtype=torch.float64)
+    A = torch.view_as_complex(A * torch.linspace(0.3, 1.0, 200, dtype=torch.float64)[:, None, None, None])
+    known = None
+    for step in range(4):
+        exact = torch.linalg.matrix_norm(A, 2)
+        norms, order = _norms(scale * A, known)
+        assert order == exact.topk(2).indices.tolist()
+        torch.testing.assert_close(norms[order], scale * exact[order], rtol=1e-12, atol=0.0)
+        assert bool((norms >= scale * exact * (1 - 1e-12)).all())
+        assert spectral_norm(scale * A) == pytest.approx(scale * float(exact.amax()), rel=1e-12)
+        known = read_spectrum(scale * A, known)
+        assert known.sigma == pytest.approx(scale * float(exact.amax()), rel=1e-12)
+        A = A + 0.1 * torch.randn(A.shape, generator=generator, dtype=A.dtype) / (1 + step)
+
+
+@pytest.mark.parametrize(
+    ("taps", "size", "stride", "dilation"),
+    [
+        ((3, 3), (6, 5), (1, 1), (1, 1)),
+        ((3, 2), (8, 6), (2, 2), (1, 1)),
+        ((3, 3), (8, 6), (1, 2), (2, 2)),
+        ((3, 1), (6, 4), (1, 2), (3, 1)),
+        ((4,), (12,), (2,), (3,)),
+        ((5,), (12,), (4,), (2,)),
+    ],
+)
+def test_distinct_frequencies_have_all_values(taps, size, stride, dilation):
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(3, 2, math.prod(taps), generator=generator, dtype=torch.float64)
+
+    def values(distinct: bool) -> list[Tensor]:
+        E = phases(taps, size, stride, dilation, distinct=distinct)
+        return [torch.linalg.svdvals((W.to(E.dtype) @ e).flatten(1)) for e in E]
+
+    few, every = values(True), values(False)
+    assert len(few) < len(every)
+    near = [[bool(torch.allclose(a, b, rtol=1e-9, atol=1e-12)) for b in few] for a in every]
+    assert all(sum(row) == 1 for row in near)  # each is there, and no two of the few are the same

@@ -628,6 +628,7 @@ SPANNING += ["evaluation", "batch-norm", "two-monitors", "gradients-to-zero", "f
 SPANNING += ["transformer-dropout", "embedding-sparse", "low-rank-sum", "reference-independent"]
 TRIALS = [(feature, settings) for feature in FEATURES for settings in OFTEN.items()]
 TRIALS += [(feature, settings) for feature in SPANNING for settings in SELDOM.items()]
+TRIALS += [("batch-norm", ("operator", {"conv": "operator"})), ("two-monitors", ("operator", {"conv": "operator"}))]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # shown by a test of its own
