@@ -20,16 +20,8 @@ from specpert import SigmaSeries, SingularTriplet
 
 __all__ = [
     *("Pair", "SigmaSeries", "SingularTriplet", "Spectrum", "all_finite", "as_given", "as_real", "cluster_values"),
-    *(
-        "degenerate",
-        "follow_spectrum",
-        "hessian_diagonal",
-        "hessian_pairing",
-        "one_thread",
-        "read_spectrum",
-        "series_along",
-    ),
-    *("spectral_norm", "taylor", "top_triplet"),
+    *("degenerate", "follow_spectrum", "hessian_pairing", "one_thread", "read_spectrum", "series_along"),
+    *("spectral_norm", "taylor", "top_triplet", "variance_forms"),
 ]
 
 
@@ -100,6 +92,8 @@ class Spectrum:
         Empty when all is well.
     norms : Tensor (g,), optional
         Upper bounds of the norms of several matrices, exact for the largest two.
+    chart : Tensor (J, n), optional
+        Where the matrix that attains sigma is X E for a real matrix X (m, J) of the parameters: E.
 
     Vectors of complex matrices are real here, of twice the length: real parts and imaginary ones in turn. Real parts of
     inner products are then those of real vectors.
@@ -112,6 +106,7 @@ class Spectrum:
     group: int = 0
     problem: str = ""
     norms: Tensor | None = None
+    chart: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -174,7 +169,7 @@ def read_spectrum(matrices: Tensor, known: Spectrum | None = None, rtol: float =
     """The spectrum of a matrix (m, n) or of several (g, m, n), in float64; never raises for numerical reasons.
 
     ``known``, the spectrum of a matrix nearby, saves time; so does ``rtol``, a relative accuracy that is enough for
-    `hessian_pairing` and `hessian_diagonal`.
+    `hessian_pairing` and `variance_forms`.
 
     Examples
     --------
@@ -289,9 +284,13 @@ def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor) -> Tensor:
 
 
 @one_thread
-def hessian_diagonal(spectrum: Spectrum) -> Tensor:
-    """The diagonal of the Hessian of sigma as a matrix (m, n) (theory 2.4)."""
-    return _tensor(specpert.SigmaHessian(spectrum.triplet).diagonal())
+def variance_forms(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """``J o J`` and the diagonal of H as matrices (m, n) for J and H of sigma (theory 2.4); by a chart (m, J)."""
+    hessian, u, v, E = specpert.SigmaHessian(spectrum.triplet), spectrum.u, spectrum.v, spectrum.chart
+    if E is None:
+        return torch.outer(u.square(), v.square()), _tensor(hessian.diagonal())
+    u, v = as_given(u, E.dtype), as_given(v, E.dtype)
+    return torch.outer(u.conj(), E @ v).real.square(), _tensor(hessian.diagonal(rows=_array(E)))
 
 
 @one_thread

@@ -227,8 +227,8 @@ def _respond(
         return spectrum.project(watch.rule.matrix(watch.module, watch.part, tensors, spectrum.group))
 
     caught.drift, caught.whole, caught.weights = seen(drifts), seen(gradients), weights
-    if split and not spectrum.matrices.is_complex():  # else there are no squares of samples either
-        caught.mean = watch.rule.matrix(watch.module, watch.part, gradients, spectrum.group).double()
+    if split:
+        caught.mean = watch.rule.coordinates(watch.module, watch.part, gradients, spectrum.group).double()
     bent = watch.rule.second_order(watch.module, watch.part, drifts)
     caught.bent = 0.0 if bent is None else float(spectrum.u @ bent[spectrum.group] @ spectrum.v)
     if reference is not None:
@@ -315,7 +315,7 @@ def _squares(caught: Caught, passes: list[Pass]) -> Tensor | None:
             return None
         total = part if total is None else total + part
     if total is not None and caught.weights is not None:
-        W = watch.rule.matrices(watch.module, watch.part, caught.weights)[group]
+        W = watch.rule.coordinates(watch.module, watch.part, caught.weights, group)
         total = W.square() * total
     return total
 
@@ -327,7 +327,7 @@ def _gradients(caught: Caught, passes: list[Pass]) -> Tensor | None:
         return None
     W = None
     if caught.weights is not None:
-        W = watch.rule.matrices(watch.module, watch.part, caught.weights)[group].double()
+        W = watch.rule.coordinates(watch.module, watch.part, caught.weights, group).double()
     samples = torch.stack([G for single in passes for G in _one_by_one(single, group)])
     return samples if W is None else W * samples
 
@@ -335,7 +335,8 @@ def _gradients(caught: Caught, passes: list[Pass]) -> Tensor | None:
 def _can_be_kept(caught: Caught) -> bool:
     """Whether the samples' contributions are few enough numbers; else there is a note."""
     try:
-        check_factor_size((caught.batch, *caught.spectrum.matrix.shape))
+        assert caught.mean is not None  # it comes with the split
+        check_factor_size((caught.batch, *caught.mean.shape))
     except FactorSizeError as error:
         caught.notes.append(f"no factor: {error}")
         return False
@@ -371,8 +372,9 @@ def without_samples(layers: Sequence[Caught], keep_gradients: bool = False) -> N
         if caught.idle and caught.drift is not None and not caught.problems:
             caught.batch, size, spectrum = batch, batch or 2, caught.spectrum
             zeros = partial(spectrum.matrix.new_zeros, dtype=torch.float64)
-            gradients = zeros(size, *spectrum.matrix.shape) if keep_gradients and _can_be_kept(caught) else None
-            squares = None if caught.mean is None else zeros(*spectrum.matrix.shape)
+            shape = None if caught.mean is None else caught.mean.shape
+            gradients = zeros(size, *shape) if shape and keep_gradients and _can_be_kept(caught) else None
+            squares = None if shape is None else zeros(*shape)
             p, q = zeros(size, len(spectrum.u)), zeros(size, len(spectrum.v))
             caught.noise = GradientNoise(p, q, squares, caught.mean, gradients=gradients)
 

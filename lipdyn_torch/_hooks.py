@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,7 +132,8 @@ class Watch:
         if self.rule.unknown:
             self.spectrum = Spectrum(matrices, math.nan, math.nan, None, problem=self.rule.unknown)
             return
-        self.spectrum = read_spectrum(matrices, known, ENOUGH if single else 0.0)
+        found = read_spectrum(matrices, known, ENOUGH if single else 0.0)
+        self.spectrum = replace(found, chart=self.rule.chart(self.module, found.group))
 
     def _matrices(self, values: list[Tensor]) -> Tensor:
         """The weight (g, m, n): in the parameters' own precision, in float64 where it has to be computed from them."""

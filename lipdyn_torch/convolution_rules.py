@@ -177,6 +177,18 @@ class TorusRule(LayerRule):
         frequency, inner = divmod(group, module.groups)
         return self._blocks(tensors[0], slice(frequency, frequency + 1))[0, inner]
 
+    def chart(self, module: Any, group: int) -> Tensor | None:
+        """E: the phases, for each channel the same."""
+        if not self.torus.pixels:
+            return None
+        E = self.torus.phases[group // module.groups]
+        channels = self.torus.module.weight.shape[1]
+        return torch.block_diag(*[E] * channels)
+
+    def coordinates(self, module: Any, part: str, tensors: Sequence[Tensor], group: int) -> Tensor:
+        """The reshaped kernel."""
+        return self.inner.matrix(module, part, tensors, group % module.groups)
+
     def effective(self, module: Any, part: str, tensors: Sequence[Tensor]) -> Tensor:
         """The same: linear, but not the kernel itself."""
         return self.matrices(module, part, tensors)
@@ -196,21 +208,27 @@ class TorusRule(LayerRule):
         weights: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """``p_i = R_i E v`` and ``q_i = E^* R_i^T u`` from those of the sample's reshaped gradient R_i (theory 2.4)."""
-        frequency, group = divmod(block.group, module.groups)
-        E = self.torus.phases[frequency].to(u.device)  # of each channel (K, prod s)
+        E = self.torus.phases[block.group // module.groups].to(u.device)  # of each channel (K, prod s)
         u, v = (as_given(z, torch.complex128) for z in (u, v))
         seen = (v.unflatten(0, (-1, E.shape[1])) @ E.T).flatten()
-        inner = Block(block.part, group)
         (p, q), (r, s) = (
-            self.inner.contract(module, x, delta, a, b, inner, weights)
+            self.inner.contract(module, x, delta, a, b, self._inner(module, block), weights)
             for a, b in ((u.real, seen.real), (u.imag, seen.imag))
         )
         q = torch.complex(q, s).unflatten(1, (-1, E.shape[0])) @ E.conj()
         return as_real(torch.complex(p, r)), as_real(q.flatten(1))
 
+    def per_sample(self, module: Any, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
+        """As of the reshaped kernel."""
+        return self.inner.per_sample(module, x, delta, self._inner(module, block))
+
     def sum_of_squares(self, module: Any, x: Any, delta: Tensor, block: Block) -> Tensor | None:
-        """None: the matrix is not the kernel itself."""
-        return None
+        """As of the reshaped kernel."""
+        return self.inner.sum_of_squares(module, x, delta, self._inner(module, block))
+
+    @staticmethod
+    def _inner(module: Any, block: Block) -> Block:
+        return Block(block.part, block.group % module.groups)
 
 
 def _batched(a: Tensor, dims: int) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lipdyn_torch._bridge import Pair, Spectrum, hessian_diagonal, hessian_pairing
+from lipdyn_torch._bridge import Pair, Spectrum, hessian_pairing, variance_forms
 from lipdyn_torch.noise import GradientNoise, NoiseTerms
 
 __all__ = ["JointNoise", "active", "agree", "combine", "full", "local", "pool", "share", "summarise", "total"]
@@ -168,7 +168,7 @@ class JointNoise:
             noise, curvature = norm * self.noise, norm * self.curvature
             if self.mean is not None:
                 square = self.batch * self.mean.square()
-                means = [float((form * square).sum()) for form in _variance_forms(spectrum)]
+                means = [float((form * square).sum()) for form in variance_forms(spectrum)]
                 noise_var, curvature_var = (norm * (x - y) for x, y in zip(self.squares, means, strict=True))
         return NoiseTerms(
             gradient_curvature=float(hessian_pairing(spectrum, *(along or self.means))),
@@ -186,7 +186,7 @@ def summarise(noise: GradientNoise, spectrum: Spectrum) -> JointNoise:
     centred_p, centred_q = noise.p - p, noise.q - q
     squares = (_NAN, _NAN)
     if noise.squares is not None:
-        first, second = (float((form * noise.squares).sum()) for form in _variance_forms(spectrum))
+        first, second = (float((form * noise.squares).sum()) for form in variance_forms(spectrum))
         squares = (first, second)
     return JointNoise(
         batch=noise.batch,
@@ -349,8 +349,3 @@ def _with_scores(joint: Sequence[JointNoise | None], scatter: Tensor) -> list[Jo
             part = replace(part, scores=ratio**0.5 * row)
         out.append(part)
     return out
-
-
-def _variance_forms(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-    """``(u v^T)^2`` elementwise, and the diagonal of H, as matrices (m, n)."""
-    return torch.outer(spectrum.u.square(), spectrum.v.square()), hessian_diagonal(spectrum)

@@ -99,6 +99,14 @@ class LayerRule:
         """One of `matrices`, (m, n)."""
         return self.matrices(module, part, tensors)[group]
 
+    def chart(self, module: Any, group: int) -> Tensor | None:
+        """E (J, n) where `matrix` is X E for a real matrix X (m, J) that is the parameter; None where it is X."""
+        return None
+
+    def coordinates(self, module: Any, part: str, tensors: Sequence[Tensor], group: int) -> Tensor:
+        """That X (m, J); what squares, elementwise factors and `per_sample` are of."""
+        return self.matrix(module, part, tensors, group)
+
     def effective(self, module: Any, part: str, tensors: Sequence[Tensor]) -> Tensor:
         """The parameters as matrices (g, m, n)."""
         return self.matrices(module, part, tensors)
@@ -166,7 +174,7 @@ class LayerRule:
 
     def weights(self, module: Any, block: Block, weights: Sequence[Tensor] | None) -> Tensor | None:
         """The elementwise factors as one matrix (m, n)."""
-        return None if weights is None else self.matrices(module, block.part, weights)[block.group]
+        return None if weights is None else self.matrix(module, block.part, weights, block.group)
 
 
 def sum_of_squares(per_sample: Iterator[Tensor]) -> Tensor:

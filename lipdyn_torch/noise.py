@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lipdyn_torch._bridge import Pair, Spectrum, hessian_diagonal, hessian_pairing
+from lipdyn_torch._bridge import Pair, Spectrum, hessian_pairing, variance_forms
 from lipdyn_torch.errors import FactorSizeError
 
 __all__ = [
@@ -308,8 +308,7 @@ class GradientNoise:
             return _NAN, _NAN
         variance = self.squares - self.batch * self.mean.square()
         variance = self._norm * variance.clamp_min(0)  # rounding must not make it negative
-        jacobian_squared = torch.outer(spectrum.u.square(), spectrum.v.square())
-        diagonal = hessian_diagonal(spectrum)
+        jacobian_squared, diagonal = variance_forms(spectrum)
         return float((jacobian_squared * variance).sum()), float((diagonal * variance).sum())
 
 

@@ -138,15 +138,17 @@ class SigmaHessian(Portable):
     def _form(self, p: Array, q: Array, e: Array) -> Array:
         """The form of 2^e (p, q), for p and q of the order of one."""
         xp = self._xp
-        if self.triplet._svd is not None:
-            total = self._spectrum.quadratic(p, q)
-        else:
-            count = math.prod(p.shape[:-1])
-            columns = (xp.matrix_transpose(xp.reshape(x, (count, x.shape[-1]))) for x in (p, q))
-            assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
-            total = xp.reshape(self._resolvent.quadratic(*columns), p.shape[:-1])
-        total = self.triplet._result(total)
+        total = self.triplet._result(self._quadratic(p, q))
         return finite(scalar(ldexp(total, 2 * e - self.triplet._e, xp)), "Hessian form", xp)
+
+    def _quadratic(self, p: Array, q: Array) -> Array:
+        """The form for A / 2^e."""
+        if self.triplet._svd is not None:
+            return self._spectrum.quadratic(p, q)
+        xp, count = self._xp, math.prod(p.shape[:-1])
+        columns = (xp.matrix_transpose(xp.reshape(x, (count, x.shape[-1]))) for x in (p, q))
+        assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
+        return xp.reshape(self._resolvent.quadratic(*columns), p.shape[:-1])
 
     def inner(self, factor: Any) -> Array:
         """<H, F^T F> = sum_i D^2 sigma[F_i, F_i] for a low-rank covariance given by its factor F (M, m, n).
@@ -208,17 +210,26 @@ class SigmaHessian(Portable):
         """Sum of the eigenvalues, shape (...)."""
         return scalar(self._xp.sum(self.eigenvalues(), axis=-1))
 
-    def diagonal(self) -> Array:
+    def diagonal(self, rows: Any = None) -> Array:
         """D^2 sigma[E_pq, E_pq] for the unit matrices, shape (..., m, n).
 
-        For complex A shape (..., m, n, 2): for the directions E_pq and i E_pq.
+        For complex A shape (..., m, n, 2): for the directions E_pq and i E_pq. With `rows` a_j, shape (J, n), along the
+        matrices e_p a_j^T, shape (..., m, J): where A = X E for some X, the diagonal in X for the rows of E.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from specpert import SigmaHessian
+        >>> X, E = np.random.default_rng(0).standard_normal((2, 3, 3))
+        >>> H, G = SigmaHessian(X @ E), np.zeros((3, 3))
+        >>> G[2, 1] = 1.0
+        >>> bool(np.isclose(H.diagonal(rows=E)[2, 1], H.quadratic(G @ E)))
+        True
         """
         xp = self._xp
-        if self.triplet._svd is None:
-            assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
-            L, R, C = self._resolvent.diagonal_blocks()
-        else:
-            L, R, C = self._spectrum.diagonal_blocks()
+        if rows is not None:
+            return self._along_rows(rows)
+        L, R, C = self._diagonal_blocks()
         u, v = self._u[..., :, None], self._v[..., None, :]
         left = L[..., :, None] * square(v, xp)
         right = square(u, xp) * R[..., None, :]
@@ -228,6 +239,36 @@ class SigmaHessian(Portable):
             return finite(ldexp(total, -self.triplet._e[..., None, None], xp), "Hessian", xp)
         both = self.triplet._result(xp.stack([left + right + cross, left + right - cross], axis=-1))
         return finite(ldexp(both, -self.triplet._e[..., None, None, None], xp), "Hessian", xp)
+
+    def _along_rows(self, rows: Any) -> Array:
+        """The diagonal along e_p a_j^T, whose projections are (a_j^T v) e_p and u_p conj(a_j)."""
+        xp = self._xp
+        _, (_, a) = as_arrays(self.triplet._P0, rows, names=["A", "rows"])
+        if (wider := self._promoted(a)) is not self:
+            return wider._along_rows(a)
+        *lead, m, n = self.triplet.shape
+        if a.ndim != 2 or a.shape[1] != n:
+            raise ValueError(f"expected rows of shape (J, {n}), got {tuple(a.shape)}")
+        power = exponent(check_matrix(a, "rows", xp), xp)
+        a = ldexp(a, -power, xp)
+        L, _, C = self._diagonal_blocks()
+        q = xp.reshape(xp.conj(a) if is_complex(a, xp) else a, (a.shape[0], *(1,) * len(lead), n))
+        q = q + xp.zeros((1, *lead, n), dtype=a.dtype, device=a.device)
+        right = self._quadratic(xp.zeros((*q.shape[:-1], m), dtype=a.dtype, device=a.device), q)
+        u, seen = self._u[..., :, None], self._v[..., None, :] @ xp.matrix_transpose(a)  # (..., m, 1), (..., 1, J)
+        cross = C @ adjoint(a, xp)
+        cross = 2 * real(u * xp.conj(seen) * cross if is_complex(cross, xp) else u * seen * cross, xp)
+        total = L[..., :, None] * square(seen, xp) + square(u, xp) * xp.moveaxis(right, 0, -1)[..., None, :] + cross
+        return finite(
+            ldexp(self.triplet._result(total), 2 * power - self.triplet._e[..., None, None], xp), "Hessian", xp
+        )
+
+    def _diagonal_blocks(self) -> tuple[Array, Array, Array]:
+        """The diagonals of L and R, and C (theory 1.3), for A / 2^e."""
+        if self.triplet._svd is not None:
+            return self._spectrum.diagonal_blocks()
+        assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
+        return self._resolvent.diagonal_blocks()
 
     def dense(self, layout: str = "tensor") -> Array:
         """The whole form; see :func:`sigma_hessian`."""

@@ -89,7 +89,7 @@ def test_every_term_is_its_dense_definition(layer, optimizer):
     torus, spread = torus_of(conv, shape[1:])
     make = {"SGD": lambda p: torch.optim.SGD(p, lr=LR), "Adam": lambda p: torch.optim.Adam(p, lr=LR, eps=1e-3)}
     optim = make[optimizer](model.parameters())
-    with LipschitzMonitor(model, optim, conv="operator") as monitor:
+    with LipschitzMonitor(model, optim, conv="operator", noise="factor") as monitor:
         for step in range(2):
             x, y = images(shape, step)
 
@@ -115,10 +115,13 @@ def test_every_term_is_its_dense_definition(layer, optimizer):
             after = spread * torch.linalg.svdvals(literal_blocks(conv, torus, conv.weight.detach())).amax()
             assert row["sigma"] == pytest.approx(float(torch.stack(tops).amax()), rel=1e-12)
             assert row["dz"] == pytest.approx(float(after.log() - torch.stack(tops).amax().log()), abs=1e-12)
-            for key in ("mu", "kappa", "lambda_sq", "gHg"):
+            for key in ("mu", "kappa", "lambda_sq", "gHg", "kappa_var", "lambda_sq_var"):
                 wanted, least = getattr(expected, key), {"mu": 1e-2 * expected.lambda_sq**0.5}.get(key, 1e-20)
                 assert abs(row[key] - wanted) <= 1e-10 * max(abs(wanted), least), key
             assert abs(row["remainder"]) <= row["bound"]
+            F = monitor.noise["0"].factor()  # of the group's kernel
+            whole = (W * (G - G.mean(0))).reshape(SAMPLES, conv.groups, -1) / math.sqrt(SAMPLES * (SAMPLES - 1))
+            assert any(torch.allclose(F, part, rtol=1e-10, atol=1e-14) for part in whole.unbind(1))
             size = spread * float(torch.linalg.svdvals(literal_blocks(conv, torus, D)).amax())
             assert row["eps"] == pytest.approx(2 * size / row["gap"], rel=1e-9)
 

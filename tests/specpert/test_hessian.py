@@ -91,6 +91,37 @@ def test_spectrum_trace_and_diagonal(A, G, k):
     assert (eigenvalues.min() > -1e-12) == (k == 0)
 
 
+@pytest.mark.parametrize("complex_rows", [False, True])
+@table
+def test_diagonal_along_rows(A, G, k, complex_rows):
+    """Along e_p a^T one by one, by the route of any direction; by both factorisations, at any scale."""
+    m, n = A.shape
+    rng = np.random.default_rng(8)
+    rows = rng.standard_normal((3, n)) + (1j * rng.standard_normal((3, n)) if complex_rows else 0)
+    H = SigmaHessian(A, k=k)
+    directions = np.eye(m)[:, None, :, None] * rows[None, :, None, :]  # (m, J, m, n)
+    expected = H.quadratic(directions)
+    found = H.diagonal(rows=rows)
+    assert found.shape == (m, 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(H.diagonal(rows=1e150 * rows) / 1e300, expected, rtol=1e-11, atol=1e-12)
+    if k == 0 and min(m, n) > 2:
+        gram = SigmaHessian(singular_triplet(A, method="gram"))
+        np.testing.assert_allclose(gram.diagonal(rows=rows), expected, rtol=1e-10, atol=1e-11)
+    stack = SigmaHessian(np.stack([A, 2 * A, A]).reshape(3, 1, m, n), k=k).diagonal(rows=rows)
+    np.testing.assert_allclose(stack, np.stack([expected, expected / 2, expected])[:, None], rtol=1e-11, atol=1e-12)
+    if not (complex_rows or np.iscomplexobj(A)):
+        np.testing.assert_allclose(H.diagonal(rows=np.eye(n)), H.diagonal(), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_another_length():
+    H = SigmaHessian(np.diag([3.0, 2.0, 1.0]))
+    with pytest.raises(ValueError, match=r"expected rows of shape \(J, 3\), got \(2, 2\)"):
+        H.diagonal(rows=np.eye(2))
+    with pytest.raises(NonFiniteError, match="rows"):
+        H.diagonal(rows=np.full((1, 3), np.nan))
+
+
 def test_scipy_operator():
     rng = np.random.default_rng(0)
     A = with_spectrum(rng, 6, 5, [4.0, 3.0, 2.0, 1.0, 0.5])
