@@ -27,7 +27,7 @@ from lipdyn_torch.noise import (
 )
 from lipdyn_torch.optimizers import Response, gradient_of, mean_drift, respond
 
-__all__ = ["RESIZED", "Caught", "collect", "settle", "without_samples"]
+__all__ = ["RESIZED", "Caught", "collect", "rate_of", "settle", "without_samples"]
 
 NO_GRADIENT = "no gradient reached this layer"
 NO_SAMPLES = "no samples reached this layer"
@@ -38,7 +38,7 @@ NOT_FINITE = "gradient is not finite"
 SKIPPED = "step skipped: the gradient overflowed"
 UNOWNED = "its weight is not in the optimizer"
 NO_SPLIT = "variance part: the matrix is not a parameter itself"
-LOST = "gradient too small to tell its scale"
+LOST = "no factor fits all layers: clipped by value, or too small to tell"
 RESCALED = "gradients were rescaled after the backward pass"
 RESIZED = "images of a new size: read on a torus that holds them"
 
@@ -60,6 +60,7 @@ class Caught:
     idle: bool = False  # without samples, but with a gradient of zeros
     lengths: tuple[int, ...] = ()  # all axes of an output of the layer but the last
     latent: bool = False  # its input was a parameter itself
+    same_indices: bool = False  # it was read at the indices of the last measured step
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     drift: Pair | None = None
@@ -109,13 +110,18 @@ def collect(
     split: bool,
     reference: Mapping[int, Tensor] | None = None,
     keep_gradients: bool = False,
+    joint: bool = False,
 ) -> Caught:
-    """Everything about one layer that must be known before the step; the watch is left empty."""
-    if watch.refresh() and watch.passes:
+    """Everything about one layer that must be known before the step; the watch is left empty.
+
+    In a `joint` batch of several processes other samples than this one's may have made the gradient.
+    """
+    # what was kept for the step is contracted with the weight of now
+    if watch.refresh() and any(single.sums is not None for single in watch.passes.values()):
         watch.problems[EDITED] = None
     owned = [groups.get(id(p)) for p in watch.parameters if p.requires_grad]
-    lr = max((float(group["lr"]) for group in owned if group), default=_largest_rate(optimizer))
-    caught = Caught(watch, lr, frozen=not watch.trained, lengths=watch.lengths, latent=watch.latent)
+    caught = Caught(watch, rate_of(watch, optimizer, groups), frozen=not watch.trained, lengths=watch.lengths)
+    caught.latent, caught.same_indices = watch.latent, watch.same_indices
     caught.notes += [RESIZED] if watch.resized else []
     merged = watch.merged(switch)
     passes = [single for single in merged if single.counted]
@@ -132,6 +138,8 @@ def collect(
         if caught.batch == 0 and any(g is not None for g in gradients):
             if not any(g is not None and bool(g.any()) for g in gradients):
                 caught.idle = bool(passes) or not watch.accumulated
+            elif joint and not (merged or watch.accumulated):
+                caught.idle = True
             elif not passes:  # it was added by hand
                 for single in merged:
                     single.counted = True
@@ -146,8 +154,10 @@ def collect(
     return caught
 
 
-def _largest_rate(optimizer: Optimizer) -> float:
-    return max(float(group["lr"]) for group in optimizer.param_groups)
+def rate_of(watch: Watch, optimizer: Optimizer, groups: Mapping[int, dict[str, Any]]) -> float:
+    """Learning rate of a layer: the largest of its parameters', of a frozen one the largest of all."""
+    own = [groups[id(p)] for p in watch.parameters if p.requires_grad and id(p) in groups]
+    return max(float(group["lr"]) for group in own or optimizer.param_groups)
 
 
 def _check(

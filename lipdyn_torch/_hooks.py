@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -28,11 +28,12 @@ from lipdyn_torch._bridge import Spectrum, read_spectrum
 from lipdyn_torch.distributed import full, local
 from lipdyn_torch.layers import Block, LayerRule, value, whole, working
 
-__all__ = ["Call", "Switch", "Tap", "Watch"]
+__all__ = ["Call", "Switch", "Tap", "Watch", "listen", "overhear"]
 
 #: Notes that explain NaN in the noise terms.
 UNPAIRED = "calls of the layer in one backward pass saw different numbers of samples: they cannot be paired"
 RETAINED = "several backward passes through one forward pass"
+NESTED = "nested tensors of strided layout cannot be read; those of layout torch.jagged can"
 SIZES = "images of a new size came between passes of one step: they cannot be compared"
 
 #: Relative accuracy of the Hessian's forms for weights in single precision, whose gradients are no better.
@@ -46,6 +47,8 @@ class Switch:
     on: bool = True
     ahead: bool = False  # while it was off, a forward pass was made after the last backward pass
     discard: Callable[[], None] = lambda: None  # called when gradients seem to be cleared without a step
+    stale: Callable[[], bool] = lambda: False  # whether gradients were cleared of any weight that caught something
+    others: list[Tensor] = field(default_factory=list)  # sums of gradients of parameters that nobody watches
     backward: int = -1  # the backward pass that was seen last
     outer: dict[int, int] = field(default_factory=dict)  # backward pass inside a checkpoint: the one around it
     reached: set[int] = field(default_factory=set)  # backward passes that reached any weight that is watched
@@ -53,6 +56,7 @@ class Switch:
     def forget(self) -> None:
         """Drop what belongs to one step."""
         self.ahead = False
+        self.others.clear()
         self.outer.clear()
         self.reached.clear()
 
@@ -111,6 +115,8 @@ class Watch:
     eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
     lengths: tuple[int, ...] = field(default=(), init=False)  # all axes of an output but the last
     latent: bool = field(default=False, init=False)  # the input was a parameter itself
+    indices: Tensor | None = field(default=None, init=False)  # that the table was read at in the last measured step
+    same_indices: bool = field(default=False, init=False)  # and now again
     resized: bool = field(default=False, init=False)  # the matrix became another one for the size of an input
 
     def __post_init__(self) -> None:
@@ -159,6 +165,9 @@ class Watch:
         """Have the spectrum of the present weight, for this input, before the layer is used."""
         unknown, changed = self.rule.unknown, self.rule.meet(x)
         self.refresh()
+        if isinstance(x, Tensor) and not x.is_floating_point():
+            self.same_indices = self.indices is not None and torch.equal(self.indices, x)
+            self.indices = x.clone()
         if changed:
             self._resize(not unknown)
 
@@ -206,6 +215,9 @@ class Watch:
 
     def receive(self, call: Call, backward: int) -> None:
         """Contract one call's input with the gradient of its output (theory 2.4), or keep them for later."""
+        if call.delta.is_nested and call.delta.layout == torch.strided:
+            self.problems[NESTED] = None
+            return
         samples = call.rule.samples(call.module, call.delta)
         single = self.passes.setdefault(backward, Pass(samples))
         if single.samples != samples:
@@ -269,7 +281,7 @@ class Watch:
         """Drop what was received."""
         self.passes, self.problems = {}, {}
         self.accumulated, self.eps, self.totals, self.versions, self.reached = False, 0.0, [], {}, set()
-        self.lengths, self.latent, self.resized = (), False, False
+        self.lengths, self.latent, self.resized, self.same_indices = (), False, False, False
 
 
 def failure(error: Exception) -> str:
@@ -358,7 +370,9 @@ class _ForwardHook:
             for watch, _ in tap.feeds:
                 watch.meet(x)
             given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-            if any(watch.hold and watch.trained for watch, _ in tap.feeds) and all(a.grad_fn is None for a in given):
+            # autograd itself notices what is written over, unless autocast has made a copy for it
+            late = torch.is_autocast_enabled(output.device.type) or any(watch.hold for watch, _ in tap.feeds)
+            if late and any(w.trained for w, _ in tap.feeds) and all(a.grad_fn is None for a in given):
                 x = tree_map_only(Tensor, Tensor.clone, x)
             base, place = _origin(output, given)
             base.register_hook(_OutputHook(tap, x, outer, place))
@@ -443,7 +457,7 @@ class _OutputHook:
             tap.switch.outer[backward] = self.outer
         elif backward != tap.switch.backward:  # a new one: were gradients cleared after the forward pass?
             tap.switch.backward = backward
-            if tap.stale():
+            if tap.switch.stale():
                 tap.switch.discard()
                 if not tap.switch.on:
                     return
@@ -481,10 +495,41 @@ class _GradientHook:
         watch.reached.add(backward)
         switch.reached.add(backward)
         if parameter.grad is not None:
-            gradient = local(parameter.grad.detach())
-            half = gradient.is_floating_point() and gradient.element_size() < 4  # its sum may overflow by itself
-            watch.totals.append(gradient.sum(dtype=torch.float32 if half else None))
+            watch.totals.append(_sum(parameter.grad))
             watch.versions[id(parameter)] = parameter.grad._version
+
+
+class _OtherHook:
+    """The same for a parameter that nobody watches, where a step may overflow too."""
+
+    def __init__(self, switch: Switch) -> None:
+        self.switch = weakref.ref(switch)
+
+    def __call__(self, parameter: Tensor) -> None:
+        switch = self.switch()
+        if switch is not None and switch.on:
+            self.note(switch, parameter)
+
+    @staticmethod
+    @torch._disable_dynamo
+    def note(switch: Switch, parameter: Tensor) -> None:
+        """Remember enough to see an overflow."""
+        if parameter.grad is not None:
+            switch.others.append(_sum(parameter.grad))
+
+
+def _sum(gradient: Tensor) -> Tensor:
+    """Of this process's part; finite if that is."""
+    gradient = local(gradient.detach())
+    half = gradient.is_floating_point() and gradient.element_size() < 4  # its sum may overflow by itself
+    return gradient.sum(dtype=torch.float32 if half else None)
+
+
+def overhear(parameters: Iterable[nn.Parameter], switch: Switch) -> list[RemovableHandle]:
+    """Notice gradients of parameters that nobody watches."""
+    hook = _OtherHook(switch)
+    known = (p for p in parameters if not isinstance(p, nn.parameter.UninitializedParameter))
+    return [p.register_post_accumulate_grad_hook(hook) for p in known if p.requires_grad and p.is_leaf]
 
 
 def listen(watch: Watch, switch: Switch) -> list[RemovableHandle]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from lipdyn_torch._bridge import Pair, Spectrum, hessian_pairing, variance_forms
 from lipdyn_torch.noise import GradientNoise, NoiseTerms
 
-__all__ = ["JointNoise", "active", "agree", "combine", "full", "local", "pool", "share", "summarise", "total"]
+__all__ = ["JointNoise", "active", "agree", "combine", "full", "local", "pool", "share", "summarise"]
 
 ELSEWHERE = "noise terms not known in every process"
 
@@ -81,21 +81,6 @@ def agree(numbers: Sequence[float], device: torch.device, group: dist.ProcessGro
     largest = torch.tensor(numbers, device=device, dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     return [float(number) for number in largest]
-
-
-def total(numbers: Sequence[int], device: torch.device, group: dist.ProcessGroup | None = None) -> list[int]:
-    """Sums of the processes' numbers; all processes must call it.
-
-    Examples
-    --------
-    >>> total([3, 4], torch.device("cpu"))
-    [3, 4]
-    """
-    if not active(group):
-        return list(numbers)
-    sums = torch.tensor(numbers, device=device)
-    dist.all_reduce(sums, group=group)
-    return [int(number) for number in sums]
 
 
 class Layer(Protocol):
@@ -257,19 +242,19 @@ def combine(
 
 
 def _exchange(
-    layers: Sequence[tuple[Spectrum, GradientNoise | None]], samples: Sequence[int], group: dist.ProcessGroup | None
-) -> tuple[list[JointNoise | None], list[int]]:
-    """The same, and how many samples all processes have of each layer: they are counted where no noise is known too."""
+    layers: Sequence[tuple[Spectrum, GradientNoise | None]], numbers: Sequence[int], group: dist.ProcessGroup | None
+) -> tuple[list[JointNoise | None], list[list[int]]]:
+    """The same, and the numbers that each process sends along."""
     layers = [(spectrum, None if noise is None or _bent(noise) else noise) for spectrum, noise in layers]
     own = [None if noise is None else summarise(noise, spectrum) for spectrum, noise in layers]
     shapes = [(spectrum.u.shape[0], spectrum.v.shape[0]) if spectrum.triplet else (0, 0) for spectrum, _ in layers]
     scatter = _scatter(layers)
     packed = [_pack(part, *shape, scatter) for part, shape in zip(own, shapes, strict=True)]
-    vector = torch.cat([*packed, scatter.flatten(), scatter.new_tensor(samples)])
+    vector = torch.cat([*packed, scatter.flatten(), scatter.new_tensor(numbers)])
     received = [torch.empty_like(vector) for _ in range(dist.get_world_size(group))]
     dist.all_gather(received, vector, group=group)
     cuts = [_HEAD + m + n for m, n in shapes]
-    pieces = [list(torch.split(other, [*cuts, scatter.numel(), len(samples)])) for other in received]
+    pieces = [list(torch.split(other, [*cuts, scatter.numel(), len(numbers)])) for other in received]
     joint: list[JointNoise | None] = []
     means = scatter.new_zeros(len(pieces), len(layers))
     scale = scatter.new_ones(len(pieces), len(layers))
@@ -288,18 +273,24 @@ def _exchange(
         means[:, index] = means.new_tensor(offsets)
     inside = torch.stack([piece[-2].reshape(scatter.shape) for piece in pieces])
     inside = (scale[:, :, None] * inside * scale[:, None, :]).sum(0)
-    counts = torch.stack([piece[-1] for piece in pieces]).sum(0).tolist()
-    return _with_scores(joint, inside + means.T @ means), list(map(round, counts))
+    said = [list(map(round, piece[-1].tolist())) for piece in pieces]
+    return _with_scores(joint, inside + means.T @ means), said
 
 
-def share(layers: Sequence[Layer], group: dist.ProcessGroup | None = None) -> None:
-    """Put the joint batch and its noise in place of this process's, in each layer; all processes must call it."""
+def share(
+    layers: Sequence[Layer], group: dist.ProcessGroup | None = None, words: Sequence[int] = ()
+) -> list[list[int]]:
+    """Put the joint batch and its noise in place of this process's, in each layer; all processes must call it.
+
+    Returns what each process had to say beside: its words.
+    """
     own = [(layer.spectrum, layer.noise) for layer in layers]
-    joint, counts = _exchange(own, [layer.batch for layer in layers], group)
-    for layer, noise, batch in zip(layers, joint, counts, strict=True):
-        layer.noise, layer.batch = noise, batch
+    joint, said = _exchange(own, [*(layer.batch for layer in layers), *words], group)
+    for layer, noise, batches in zip(layers, joint, zip(*said, strict=True), strict=False):
+        layer.noise, layer.batch = noise, sum(batches)
         if noise is None and not layer.problems and not layer.frozen and layer.spectrum.triplet is not None:
             layer.problems.append(ELSEWHERE)
+    return [numbers[len(layers) :] for numbers in said]
 
 
 #: Numbers of a layer before its means: batch, two sizes, noise, curvature, two sums of squares.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule
 
@@ -31,7 +32,7 @@ _NO_FALLBACK = (nn.RNNBase, nn.RNNCellBase)
 class FallbackRule(LayerRule):
     """Any module of its own with parameters of two axes: each is a matrix, read through the module's forward pass.
 
-    The sample axis is the first of every tensor argument that is as long as the output's first axis.
+    The sample axis is the first of every tensor, in tuples and dicts too, that is as long as the output's first axis.
     """
 
     label = "fallback"
@@ -61,8 +62,8 @@ class FallbackRule(LayerRule):
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """All arguments, without their graph, and the buffers and the mode the module had."""
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-        kept = {name: _detached(value) for name, value in kwargs.items()}
-        return tuple(map(_detached, args)), kept, buffers, module.training
+        given, named = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        return given, named, buffers, module.training
 
     def per_sample(self, module: nn.Module, x: Any, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """``G_i`` by pulling the output gradient back through the module, one sample at a time."""
@@ -71,8 +72,11 @@ class FallbackRule(LayerRule):
         twin, axis = self._twin(module).train(training), self.sample_axis(module)
         fixed = {key: _double(value) for key, value in module.named_parameters()}
         delta = _double(delta).movedim(axis, 0)
-        keys = [*(None for _ in args), *kwargs]
-        values = [_double(value) for value in (*args, *kwargs.values())]
+        keys: list[str | None] = []  # of tensors that are arguments by themselves
+        for key, argument in (*((None, value) for value in args), *kwargs.items()):
+            keys += [key if isinstance(argument, Tensor) else None] * len(tree_leaves(argument))
+        leaves, structure = tree_flatten((args, kwargs))
+        values = list(map(_double, leaves))
         axes = [self.argument_axis(module, key, value, len(delta)) for key, value in zip(keys, values, strict=True)]
 
         def pulled_back(weight: Tensor, d: Tensor, *sample: Any) -> Tensor:
@@ -80,7 +84,7 @@ class FallbackRule(LayerRule):
                 value if a is None else self.one_sample(value, a, key)
                 for value, a, key in zip(sample, axes, keys, strict=True)
             ]
-            given, named = tuple(whole[: len(args)]), dict(zip(kwargs, whole[len(args) :], strict=True))
+            given, named = tree_unflatten(whole, structure)
 
             def run(weight: Tensor) -> Tensor:
                 state = {**fixed, name: weight} | {key: _double(b).clone() for key, b in buffers.items()}
@@ -225,10 +229,6 @@ def host_random_kept() -> Iterator[list[bool]]:
             drawn.append(True)
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _double(value: Any) -> Any:

@@ -21,11 +21,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import one_thread
-from lipdyn_torch._collect import RESIZED, Caught, collect, settle, without_samples
-from lipdyn_torch._hooks import Switch, listen
+from lipdyn_torch._collect import RESIZED, Caught, collect, rate_of, settle, without_samples
+from lipdyn_torch._hooks import Switch, listen, overhear
 from lipdyn_torch._measure import Measurement, network_row
 from lipdyn_torch._settings import batch_dims, check_settings, check_types, checked_sinks, innermost
-from lipdyn_torch.distributed import active, agree, share, total
+from lipdyn_torch.distributed import active, agree, local, share
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
 from lipdyn_torch.history import History, ResumeError, Sink
 from lipdyn_torch.integrations._extras import need
@@ -48,6 +48,7 @@ CHANGED = "weight was changed since the last step"
 CLEARED = "step skipped: gradients were cleared without a step"
 AHEAD = "forward pass was made before the last step, while the monitor was not listening"
 POSITIONS = "indices without a batch axis, as many as there are samples: taken for one for each sample"
+SQUARE = "the same indices as before, for as many rows as there are samples: positions would be taken for samples"
 LATENT = "a parameter without a batch axis, as many rows as there are samples: taken for one for each sample"
 ADDED = (
     "expected the parameters the optimizer had when the monitor was attached, got more: they are not monitored; close "
@@ -59,6 +60,8 @@ NO_STEPS = (
     f"expected steps of the optimizer that the monitor was given, got {UNSEEN} cleared gradients without one; if "
     "another optimizer makes the steps (one inside a wrapper, as SAM has, or a new one), give the monitor that one"
 )
+#: So many steps that were not made are told from each other in the numbers that processes exchange.
+_FLAGS = 48
 #: What torch puts around the ``step`` of every class of optimisers.
 _STEP = Optimizer.profile_hook_step(lambda self: None).__code__
 
@@ -270,7 +273,9 @@ class LipschitzMonitor:
         self._inside = False  # of a step that calls a closure
         self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._cleared = 0  # how often gradients went since the last step
-        self._switch = Switch(discard=self._discard)
+        self._heard = False  # the hooks have seen a backward pass
+        self._lost: list[tuple[bool, int]] = []  # of each step that was not made: whether it overflowed; its samples
+        self._switch = Switch(discard=self._discard, stale=self._stale)
         # What a preconditioner does to a sample is known at the step only; so is which calls share a weight.
         hold = self._split or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.RMSprop)
         self._survey = survey(self._model, optimizer, self._switch, hold, dims, conv == "operator")
@@ -292,6 +297,9 @@ class LipschitzMonitor:
         self._handles: list[RemovableHandle] = [tap.attach() for tap in self._survey.taps]
         for watch in self._watches:
             self._handles += listen(watch, self._switch)
+        watched = {id(p) for watch in self._watches for p in watch.parameters}
+        others = {id(p): p for group in optimizer.param_groups for p in group["params"] if id(p) not in watched}
+        self._handles += overhear(others.values(), self._switch)
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
         weakref.finalize(self, _EAGER.want, id(self), False).atexit = False
@@ -368,6 +376,7 @@ class LipschitzMonitor:
         self._step = int(state["step"])
         self._schedule.load_state_dict(state["schedule"])
         self._clock = self._pending = None
+        self._lost = []
         for watch in self._watches:
             watch.forget()
             watch.refresh()
@@ -404,6 +413,9 @@ class LipschitzMonitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # copies and pickles of what a monitor hangs on come without it
 
     def __repr__(self) -> str:
         state = "attached" if self._handles else "closed"
@@ -457,13 +469,18 @@ class LipschitzMonitor:
         """Compare with the new weights and write the rows."""
         if not _outermost(optimizer):
             return
-        due = self._schedule.due(self._step)
+        due = self._schedule.due(self._step) or self._pending is not None
         pending, self._pending, self._inside = self._pending, None, False
         try:
-            if due and pending is not None:
+            if pending is not None:
                 self._write(pending)
         finally:  # the step was made, even if a sink could not take its rows
             self._finish(due)
+
+    def _stale(self) -> bool:
+        """Whether gradients were cleared to which contributions were caught; no shard is gathered to find that out."""
+        caught = [watch for watch in self._watches if watch.passes]
+        return any(all(local(p) is p for p in watch.parameters) and watch.cleared() for watch in caught)
 
     def _agree(self, period: int) -> int:
         """All processes measure the same steps: those the slowest of them can afford."""
@@ -511,28 +528,52 @@ class LipschitzMonitor:
         caught = [watch for watch in self._watches if watch.trained and watch.passes]
         if not all(watch.cleared() for watch in caught):
             return
-        skipped = False
         batch = max(sum(p.samples for p in watch.merged(self._switch) if p.counted) for watch in self._watches)
-        if any(watch.accumulated for watch in caught):  # else none was on its way to a step, here or elsewhere
-            overflowed = int(any(watch.overflowed() for watch in caught))
-            overflowed, batch = total([overflowed, batch], self._device, self._group)
-            skipped = overflowed > 0 and not self._inside
+        overflowed = any(watch.overflowed() for watch in caught) or not all(map(torch.isfinite, self._switch.others))
+        reached = any(watch.accumulated for watch in caught)  # else none was on its way to a step
         for watch in self._watches:
             watch.forget()
         self._switch.forget()
-        if not skipped:
+        if not reached or self._inside or not (overflowed or active(self._group)):
             self._cleared += 1
             if self._cleared == UNSEEN and self._changed():
                 warnings.warn(NO_STEPS, stacklevel=2)
-            return
-        lr = max(float(group["lr"]) for group in self._optimizer.param_groups)
-        layers = [Caught(w, lr, batch, not w.trained) for w in self._watches]
+        elif active(self._group):  # others may know of an overflow, or nothing of this pass: settled with the next step
+            self._lost.append((overflowed, batch))
+        else:
+            try:
+                self._write(self._skipped(batch))
+            finally:
+                self._finish(True)
+
+    def _skipped(self, batch: int) -> list[Measurement]:
+        """The layers in a step that was not made."""
+        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        rates = [rate_of(watch, self._optimizer, groups) for watch in self._watches]
+        layers = [Caught(w, lr, batch, not w.trained) for w, lr in zip(self._watches, rates, strict=True)]
         for layer in layers:
             layer.problems += [] if layer.frozen else [CLEARED]
-        try:
-            self._write([Measurement(layer, self._split) for layer in layers])
-        finally:
-            self._finish(True)
+        return [Measurement(layer, self._split) for layer in layers]
+
+    def _combine(self, layers: list[Caught], silent: int) -> int:
+        """Put the joint batch in place of this process's, and write the rows of steps that were not made meanwhile.
+
+        Returns the number of silent samples in all processes.
+        """
+        lost, self._lost = self._lost[-_FLAGS:], []
+        flags = sum(overflowed << i for i, (overflowed, _) in enumerate(lost))
+        last = max(lost, default=(False, 0), key=lambda step: step[0])  # an overflow rather than another
+        said = share(layers, self._group, [silent, len(lost), flags, last[1]])
+        silents, counts, masks, batches = zip(*said, strict=True)
+        if len(set(counts)) == 1:
+            skipped = sum(1 << i for i in range(counts[0]) if any(mask >> i & 1 for mask in masks)).bit_count()
+        else:  # some process had passes of its own
+            skipped = max(mask.bit_count() for mask in masks)
+        for _ in range(skipped):
+            self._write(self._skipped(sum(batches)))
+            self._schedule.finished(self._step)
+            self._step += 1
+        return sum(silents)
 
     @torch.no_grad()
     @one_thread
@@ -546,25 +587,29 @@ class LipschitzMonitor:
             )
         self._check_alive()
         groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        if not groups.keys() <= self._owned:
-            self._owned |= groups.keys()
+        watched = {id(p) for watch in self._watches for p in watch.parameters}
+        added = [p for p in self._parameters() if id(p) not in self._owned | watched and p.ndim > 1]
+        self._owned |= groups.keys()
+        if added:
             warnings.warn(ADDED, stacklevel=2)
+        joint = active(self._group)
         noted = {watch.name: watch.rule.noted() for watch in self._watches}
-        if any(noted.values()) and active(self._group):  # the largest images may have come to another process
+        if any(noted.values()) and joint:  # the largest images may have come to another process
             largest = iter(agree(list(chain.from_iterable(noted.values())), self._device, self._group))
             for watch in self._watches:
                 watch.recall(list(islice(largest, len(noted[watch.name]))))
         reference = self._mean_gradient()
         caught = [
-            collect(watch, self._optimizer, groups, self._switch, self._split, reference, self._keep_gradients)
+            collect(watch, self._optimizer, groups, self._switch, self._split, reference, self._keep_gradients, joint)
             for watch in self._watches
         ]
         self._switch.forget()
         without_samples(caught, self._keep_gradients)
-        _note_samples(caught)
+        silent = _note_samples(caught)
         self._note_changes(caught)
-        if active(self._group):
-            share(caught, self._group)
+        if joint:
+            silent = self._combine(caught, silent)
+        _note_batches(caught, silent)
         settle(caught)
         if self._keep_gradients:
             self.noise = {c.watch.name: c.noise for c in caught if isinstance(c.noise, GradientNoise)}
@@ -600,8 +645,11 @@ class LipschitzMonitor:
             self._switch.on = True
         return {id(self._model.get_parameter(name)): g for name, g in gradients.items()}
 
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
     def _check_alive(self) -> None:
-        """Some hook must have spoken."""
+        """Some hook must have spoken; once they have, a step past them is a step, with rows that say so."""
         trained = [watch for watch in self._watches if watch.trained]
         past = [watch for watch in trained if watch.accumulated and not watch.passes]
         if self._switch.ahead and past:
@@ -609,13 +657,16 @@ class LipschitzMonitor:
                 watch.problems[AHEAD] = None
             return
         if not trained or any(watch.passes for watch in trained):
+            self._heard = True
             return
-        if past:
+        if past and not self._heard:
             raise SilentHookError(
                 f"expected the hooks on {', '.join(w.name for w in trained)} to see the backward pass, but gradients "
                 "came past them; a module of your own must return one tensor of its own, and torch.compiler.set_stance "
                 "leave measured steps uncompiled"
             )
+        if past or self._switch.others:
+            return
         raise NoBackwardError(
             f"expected a backward pass through a monitored layer ({', '.join(self.layers)}) before "
             f"optimizer.step(), got none since the last step (step {self._step}); call loss.backward() first, "
@@ -623,8 +674,8 @@ class LipschitzMonitor:
         )
 
 
-def _note_samples(layers: list[Caught]) -> None:
-    """Say in every row what makes M doubtful: layers that disagree on it, and samples without any gradient."""
+def _note_batches(layers: list[Caught], silent: int) -> None:
+    """Say in every row what makes M doubtful: layers that disagree on it, and so many samples without any gradient."""
     known = [layer for layer in layers if layer.noise is not None]
     sizes = Counter(layer.batch for layer in known)
     if len(sizes) > 1:
@@ -633,8 +684,16 @@ def _note_samples(layers: list[Caught]) -> None:
             if layer.batch != usual or most == second:
                 layer.notes.append(f"{UNEQUAL}: {', '.join(map(str, sorted(sizes)))}")
         return
-    if not known:
-        return
+    for layer in known:
+        if 0 < silent < layer.batch:
+            layer.notes.append(f"{silent} of {layer.batch} {NO_SHARE}")
+
+
+def _note_samples(layers: list[Caught]) -> int:
+    """Say in rows where M may be something else; returns how many samples of this process have no gradient anywhere."""
+    known = [layer for layer in layers if layer.noise is not None]
+    if len({layer.batch for layer in known}) != 1:
+        return 0
     batch = known[0].batch
     shapes = [layer.lengths for layer in known]
     for layer in known:
@@ -643,8 +702,6 @@ def _note_samples(layers: list[Caught]) -> None:
                 layer.notes.append(POSITIONS)
             if layer.latent and max(map(len, shapes)) > 1:
                 layer.notes.append(LATENT)
-    silent = torch.stack([c.noise.silent for c in known if c.noise is not None]).all(0)
-    count = int(silent.sum())
-    if 0 < count < batch:
-        for layer in known:
-            layer.notes.append(f"{count} of {batch} {NO_SHARE}")
+        if layer.same_indices and layer.lengths == (batch, batch):
+            layer.notes.append(SQUARE)
+    return int(torch.stack([c.noise.silent for c in known if c.noise is not None]).all(0).sum())

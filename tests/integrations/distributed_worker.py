@@ -86,16 +86,18 @@ def trained(
     watch: bool = True,
     parts: int = 1,
     late: bool = False,
-    probe: bool = False,
+    probe: str = "",
     cut: int = 4,
     overflow: bool = False,
     groups: bool = False,
+    ignored: bool = False,
     **settings: object,
 ) -> tuple[list[dict], list[Tensor]]:
     """Rows and weights of a run with half of each batch; with rank None, of one process with all of it.
 
     With trouble, the second process cannot read the second layer in step 1. Each batch comes in so many parts; late,
-    shards are reduced with the last of them only. With probe, the first process takes a gradient of its own once. The
+    shards are reduced with the last of them only. With probe, the first process takes a gradient of its own: once, or
+    with "backward" after every step, which it then clears. With ignored, the loss leaves out the second one's last. The
     first process gets ``cut`` samples; with overflow, the loss of step 1 is not finite in one of them, and the scaler
     leaves that step out. With groups, the first and the second layer are clipped by norm, each by itself.
     """
@@ -121,6 +123,7 @@ def trained(
     with LipschitzMonitor(model, optim, noise="split", **settings) if watch else nullcontext() as monitor:
         for step in range(steps):
             x, y = batch(step)
+            y[-1] = -100 if ignored else y[-1]
             part = slice(None) if rank is None else (slice(cut), slice(cut, None))[rank]
             optim.zero_grad()
             for i, (a, b) in enumerate(zip(x[part].chunk(parts), y[part].chunk(parts), strict=True)):
@@ -134,7 +137,10 @@ def trained(
                 nn.utils.clip_grad_norm_(layer.parameters(), limit)
             scaler.step(optim)
             scaler.update()
-            if probe and rank == 0 and step == 1:
+            if probe == "backward" and rank == 0:
+                nn.functional.cross_entropy(model(x), y).backward()
+                optim.zero_grad()
+            elif probe and rank == 0 and step == 1:
                 torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
     rows = monitor.history.rows if watch else []
     return rows, [full(p.detach()).clone() for p in model.parameters()]
@@ -160,6 +166,38 @@ def pictured(rank: int | None, steps: int = 3) -> list[dict]:
                 if rank is None or rank == part:
                     loss = nn.functional.cross_entropy(called(x), y)
                     (loss / WORLD if rank is None else loss).backward()
+            optim.step()
+    return monitor.history.rows
+
+
+class Experts(nn.Module):
+    """The second expert is for batches with a positive sum of their first feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.other(x) if x[0, 0] > 0 else self.one(x)))
+
+
+def experts(rank: int | None) -> list[dict]:
+    """Rows of a run in which each process uses an expert of its own."""
+    from lipdyn_torch import LipschitzMonitor
+
+    torch.manual_seed(7)
+    model = Experts().double()
+    called = model if rank is None else nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    optim = torch.optim.SGD(model.parameters(), lr=0.05)
+    with LipschitzMonitor(model, optim) as monitor:
+        for step in range(2):
+            optim.zero_grad()
+            x, y = batch(step)
+            for part, sign in enumerate((-1.0, 1.0)):
+                a, b = x[4 * part : 4 * part + 4].clone(), y[4 * part : 4 * part + 4]
+                a[0, 0] = sign
+                if rank is None or rank == part:
+                    (nn.functional.cross_entropy(called(a), b) / (WORLD if rank is None else 1)).backward()
             optim.step()
     return monitor.history.rows
 
@@ -195,7 +233,11 @@ SCENARIOS = {
     "fsdp-plain": lambda rank: trained(rank, "fsdp", watch=False),
     "ddp-parts": lambda rank: trained(rank, "ddp", parts=2),
     "fsdp-late": lambda rank: trained(rank, "fsdp", parts=2, late=True),
-    "ddp-probe": lambda rank: trained(rank, "ddp", probe=True),
+    "ddp-probe": lambda rank: trained(rank, "ddp", probe="once"),
+    "ddp-backward": lambda rank: trained(rank, "ddp", probe="backward"),
+    "ddp-overflow-backward": lambda rank: trained(rank, "ddp", cut=5, overflow=True, probe="backward"),
+    "ddp-ignored": lambda rank: trained(rank, "ddp", ignored=True),
+    "ddp-experts": experts,
     "collectives": collectives,
     "ddp-uneven": lambda rank: trained(rank, "ddp", cut=5),
     "ddp-unknown": lambda rank: trained(rank, "ddp", "Adagrad", cut=5),

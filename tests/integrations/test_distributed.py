@@ -219,6 +219,44 @@ def test_a_gradient_of_one_process_holds_up_none(combined):
         assert all(torch.equal(a, b) for a, b in zip(weights, undisturbed, strict=True))
 
 
+def test_backward_passes_of_one_process_hold_up_none(combined):
+    """What one process clears again concerns no other, also where a step is left out for an overflow."""
+    for kind in ("ddp-backward", "ddp-overflow-backward"):
+        for rank in (0, 1):
+            (probed, weights) = combined[rank][kind]
+            rows, undisturbed = combined[rank]["ddp" if kind == "ddp-backward" else "ddp-overflow"]
+            # samples of a pass that is added to gradients which were not cleared yet count where those were left out
+            drop = [] if kind == "ddp-backward" else ["batch"]
+            pd.testing.assert_frame_equal(
+                pd.DataFrame(probed).drop(columns=drop), pd.DataFrame(rows).drop(columns=drop)
+            )
+            assert all(torch.equal(a, b) for a, b in zip(weights, undisturbed, strict=True))
+
+
+def test_samples_that_one_process_ignores_are_counted_by_all(combined):
+    for rank in (0, 1):
+        rows, _ = combined[rank]["ddp-ignored"]
+        assert all(
+            "1 of 8 samples had no gradient in any layer" in r["status"] for r in rows if r["layer"] != "network"
+        )
+
+
+def test_an_expert_of_one_process_only(combined):
+    """The samples of the process that does not use it have no gradient there: zeros, not unknown."""
+    rows = worker.experts(None)
+    for rank in (0, 1):
+        found = combined[rank]["ddp-experts"]
+        for row in found:
+            assert math.isfinite(row["kappa"])
+            assert row["batch"] == 8
+        for row, alone in zip(found, rows, strict=True):
+            if row["layer"] == "head":  # used by all samples: as in one process
+                for key in ("sigma", "mu", "kappa", "lambda_sq", "dz"):
+                    assert row[key] == pytest.approx(alone[key], rel=1e-10)
+    one, other = (pd.DataFrame(combined[rank]["ddp-experts"]).drop(columns="status") for rank in (0, 1))
+    pd.testing.assert_frame_equal(one, other)
+
+
 def test_images_of_other_sizes_in_every_process(combined):
     """The torus that holds the largest images of all processes is known to all from the second step on."""
     one, other = (combined[rank]["ddp-images"] for rank in (0, 1))
