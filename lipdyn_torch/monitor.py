@@ -656,7 +656,7 @@ class LipschitzMonitor:
             for watch in past:
                 watch.problems[AHEAD] = None
             return
-        if not trained or any(watch.passes for watch in trained):
+        if not trained or any(watch.passes or watch.problems for watch in trained):
             self._heard = True
             return
         if past and not self._heard:
