@@ -19,11 +19,11 @@ class UnownedParametersError(LipdynError, ValueError):
 
 
 class NoBackwardError(LipdynError, RuntimeError):
-    """The optimiser was stepped though no gradient had passed through any monitored layer."""
+    """The optimiser was stepped though no gradient had reached any of its parameters."""
 
 
 class SilentHookError(LipdynError, RuntimeError):
-    """Gradients reached the weights, but no hook of the monitor was called."""
+    """Gradients reached the weights, but no hook of the monitor was called, then or before."""
 
 
 class LayerReplacedError(LipdynError, RuntimeError):

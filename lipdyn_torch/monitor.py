@@ -145,8 +145,10 @@ class LipschitzMonitor:
         "split" adds the parts due to the variances and the covariances of the weights' gradients (theory 2.4);
         "factor" does so too, and keeps in `noise` the gradients of the samples, and so the low-rank factor of Sigma,
         of layers where they are not too many numbers.
-    conv : {"matrix"}
-        A convolution is read as its reshaped kernel (theory 3.1); `ConvolutionOperator` has its norm on images.
+    conv : {"matrix", "operator"}
+        A convolution is read as its reshaped kernel, as in the literature, whose norm is a lower bound of that on
+        images (theory 3.1); or as an operator on a torus that holds the images, whose norm is an upper bound, and exact
+        for circular padding (theory 3.2, 3.3). The size of images is read off the first one.
     sampling : {"shuffle", "iid"}
         How batches are drawn: every sample once per epoch, or independently. Kept for the predictors' bands.
     dataset_size : int, optional
@@ -215,8 +217,8 @@ class LipschitzMonitor:
     NoSupportedLayerError, UnownedParametersError
         There is nothing to monitor.
     NoBackwardError, SilentHookError, LayerReplacedError
-        From ``optimizer.step()``: no gradient has passed through any monitored layer since the last step; or one
-        has, past the hooks; or a layer is no longer the one the monitor was attached to.
+        From ``optimizer.step()``: no gradient has reached any parameter of the optimizer since the last step; or none
+        has ever reached a hook, but the weights; or a layer is no longer the one the monitor was attached to.
 
     Examples
     --------
