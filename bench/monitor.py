@@ -194,6 +194,7 @@ def jobs() -> list[Callable[[], Row]]:
     return [
         partial(row, "ConvNet 3x32x32, M = 128, all terms, every step", convnet, image, 128, {}, 1.30),
         partial(row, "the same with the split", convnet, image, 128, {"noise": "split"}, 1.60),
+        partial(row, "the same with convolutions as operators", convnet, image, 128, {"conv": "operator"}, None),
         partial(row, "the same, every 10th step", convnet, image, 128, {"every": 10}, 1.04),
         partial(row, "the same, attached but idle", convnet, image, 128, {"every": 10**9}, 1.01),
         partial(per_sample, "the same by vmap(grad) and a thin SVD", convnet, image, 128),
