@@ -93,7 +93,7 @@ def survey(
         if rule is None or reason is not None:
             found.entries.append(Entry(_row_name(path, module), type(module).__name__, "skipped", reason or "no rule"))
             continue
-        if operators and isinstance(rule, ConvRule):
+        if operators and isinstance(rule, ConvRule) and isinstance(module, nn.modules.conv._ConvNd):
             rule = TorusRule.of(rule, module)
         covered |= {id(child) for cover in rule.covers(module) for child in cover.modules()}
         # images have the samples first, and rules of the user's own and attention say themselves where they are
