@@ -70,7 +70,7 @@ def by_dense(
     scaled = ldexp(A, -e[..., None, None], xp)
     wanted = method == "gram" or (method == "auto" and min(m, n) >= _GRAM_FROM)
     count = len(as_tuple(index))
-    top = as_tuple(index) == tuple(range(count)) and (cluster or count == 1) and count < min(m, n) > 2
+    top = (as_tuple(index) == tuple(range(count)) if cluster else index == 0) and count < min(m, n) > 2
     view = host_view(scaled) if wanted and A.ndim == 2 and top else None
     if method == "gram" and view is None:
         raise ValueError(

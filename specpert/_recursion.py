@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from specpert._arrays import Array, Namespace, adjoint, eye, is_numpy, real, widened
+from specpert._arrays import Array, Namespace, adjoint, is_numpy, real, widened
 from specpert._operators import Operator
 from specpert._resolvent import Resolvent
 
@@ -97,16 +97,14 @@ def extend(
     """
     E = [E0]
     P, Q = vectors.P, vectors.Q
-    identity = eye(P[0].shape[-1], P[0], xp)
     for n in range(1, order + 1):
         f, g = vectors.right_hand_side(n)
-        E_n = (block_product(P[0], f, cluster, xp) + block_product(Q[0], g, cluster, xp)) / 2
-        E.append(E_n if cluster else E_n * identity)
+        E.append((block_product(P[0], f, cluster, xp) + block_product(Q[0], g, cluster, xp)) / 2)
         if n == order and not last:
             break
         for j in range(1, n):
-            f = f - P[j] @ E[n - j]
-            g = g - Q[j] @ E[n - j]
+            f = f - spread(P[j], E[n - j], cluster)
+            g = g - spread(Q[j], E[n - j], cluster)
         difference: Array | float = 0.0
         for i in range(1, n // 2 + 1):  # the other half are the adjoints
             pair = block_product(P[i], P[n - i], cluster, xp) - block_product(Q[i], Q[n - i], cluster, xp)
@@ -124,7 +122,7 @@ def value_coefficients(vectors: Vectors, E: list[Array], order: int, xp: Namespa
     def inner(i: int, f: Array, g: Array) -> Array:
         return real(xp.vecdot(P[i], f, axis=-2) + xp.vecdot(Q[i], g, axis=-2), xp) / 2
 
-    lam = [real(xp.linalg.diagonal(E_n), xp) for E_n in E]
+    lam = [real(E_n[..., 0, :], xp) for E_n in E]
     overlap: dict[tuple[int, int], Array] = {}
     for n in range(len(E), order + 1):
         b = (n - 1) // 2

@@ -32,6 +32,7 @@ class ThinSVDResolvent:
         direct = xp.where(excluded, 1 / denominator, ej / denominator)
         cross = xp.where(excluded, -1 / denominator, si / denominator)
         self.direct, self.cross, self.ej = xp.astype(direct, U.dtype), xp.astype(cross, U.dtype), ej
+        self.small = is_small(e, s, xp)
 
     def __call__(self, f: Array, g: Array) -> tuple[Array, Array]:
         U, V, direct, cross = self.U, self.V, self.direct, self.cross
@@ -39,10 +40,23 @@ class ThinSVDResolvent:
         x, y = U @ (direct * al + cross * be), V @ (cross * al + direct * be)
         # The residuals live in the null spaces of A^* and A, which a thin SVD leaves out.
         if U.shape[-2] > U.shape[-1]:
-            x = x + (f - U @ al) / self.ej
+            x = x + self._outside(f - U @ al, U, self.Ua) / self.ej
         if V.shape[-2] > V.shape[-1]:
-            y = y + (g - V @ be) / self.ej
+            y = y + self._outside(g - V @ be, V, self.Va) / self.ej
         return x, y
+
+    def _outside(self, rest: Array, U: Array, Ua: Array) -> Array:
+        """What is left of a residual: divided by a small value, its rounding errors would count."""
+        return rest - U @ (Ua @ rest) if self.small else rest
+
+
+def is_small(e: Array, s: Array, xp: Namespace) -> bool:
+    """Whether values e (..., c) are so far below the largest of s (..., r) that 1 / e makes much of rounding errors."""
+    return bool(xp.any(e < SMALL * s[..., :1]))
+
+
+#: Below this share of the largest value, residuals are taken off the singular vectors twice.
+SMALL = 0.1
 
 
 class SmallSideResolvent:

@@ -235,6 +235,11 @@ def top_of_gram(
     for attempt in range(2 * count + 3):
         x, value, upper = _next_of_gram(gram, size, w, X, dtype, 1 + attempt)
         if value <= w[-1] * (1 + 1e-8):
+            if value < w[-1] - 4 * NOISE * w[0] < upper:
+                raise ConvergenceError(
+                    "expected Lanczos to tell the next singular value from those asked for, got one whose error is "
+                    "larger than its distance; use a dense array with method='svd'"
+                )
             return w, X, upper
         w, X = _ritz(gram, np.column_stack([X, x]), count)
     raise ConvergenceError(
@@ -271,21 +276,25 @@ def _next_of_gram(
     start /= np.linalg.norm(start)
     if float(np.linalg.norm(deflated(start))) <= rounding:
         return start[:, 0], 0.0, hidden * rounding
-    vector, value, upper = start, 0.0, math.inf
+    best, value, upper, least = start, 0.0, math.inf, math.inf
     for tolerance in (1e-3, 1e-6, unit):
         try:
-            _, x = _lanczos(lambda y: deflated(y) + top * y, size, 1, vector[:, 0], dtype, tolerance)
+            _, x = _lanczos(lambda y: deflated(y) + top * y, size, 1, (best + start)[:, 0], dtype, tolerance)
         except ConvergenceError:
             if upper < w[-1]:  # a rough bound, but one
                 break
             raise
-        value, residual = _rayleigh(deflated, x)
-        upper = value + float(np.linalg.norm(residual)) + hidden * tolerance * (top + value) + rounding
-        vector = x + start
+        quotient, residual = _rayleigh(deflated, x)
+        error = float(np.linalg.norm(residual))
+        if error >= least:  # near a value with many copies a start that has converged may lose digits
+            break
+        # what a start has of a larger value it keeps, or more: seen in the residual but for that share
+        best, value, least = x, quotient, error
+        upper = value + (1 + hidden) * error + rounding
         here, known, bound = (math.sqrt(max(float(x), 0.0)) for x in (w[-1], value, upper))
         if here - bound > 0.99 * (here - known):
             break
-    return x[:, 0], value, upper
+    return best[:, 0], value, upper
 
 
 def _lanczos(

@@ -242,7 +242,7 @@ def _rayleigh(triplet: SingularTriplet, step: Any, order: int) -> tuple[Array, A
     xp = triplet._xp
     state = Vectors([products(step, xp)], triplet._P0, triplet._Q0)
     resolvent = triplet._resolvent()
-    lam = [xp.linalg.diagonal(E) for E in extend(state, resolvent, triplet._E0, triplet._cluster, order, xp)]
+    lam = [E[..., 0, :] for E in extend(state, resolvent, triplet._E0, False, order, xp)]
     # (T0 + T1) w = sigma w + rest, as (T0 - sigma) w_n = -T1 w_{n-1} + sum_j lam_j w_{n-j}
     wP, wQ = sum(state.P), sum(state.Q)
     restP, restQ = state.product(1, order)

@@ -137,7 +137,7 @@ def _cut(s: np.ndarray, upper: float, lower: float, most: int) -> int | None:
 
 def _of_matrix(A: Array, upper: float, lower: float, most: int, xp: Namespace) -> SingularTriplet | None:
     """From a decomposition of its own."""
-    values = np.asarray([float(x) for x in xp.linalg.svdvals(A)[: most + 2]])
+    values = np.asarray([float(x) for x in xp.linalg.svdvals(A)])[: most + 2]
     c = _cut(values, upper, lower, most)
     return None if c is None else by_dense(A, range(c), None, True, "auto", xp)
 
@@ -145,7 +145,7 @@ def _of_matrix(A: Array, upper: float, lower: float, most: int, xp: Namespace) -
 def _of_svd(triplet: SingularTriplet, upper: float, lower: float, most: int) -> SingularTriplet | None:
     assert triplet._svd is not None
     (m, n), xp, s = triplet.shape, triplet._xp, triplet._svd[1]
-    c = _cut(np.asarray([float(x) for x in s[: most + 2]]), upper, lower, most)
+    c = _cut(np.asarray([float(x) for x in s])[: most + 2], upper, lower, most)
     if c is None:
         return None
     gap, status = isolation(s, tuple(range(c)), m != n, True, 10 * max(m, n) * eps(s, xp), xp)

@@ -143,10 +143,22 @@ def _as_directions(directions: Any, order: int) -> list[Any]:
 
 def _mixed(triplet: SingularTriplet, directions: list[Array]) -> Array:
     """D^n sigma[H_1, ..., H_n], for a cluster of its mean."""
-    xp, N = triplet._xp, len(directions)
+    xp = triplet._xp
+    with np.errstate(over="ignore", invalid="ignore"):
+        lam, power = _mixed_in_units(triplet, directions, None)
+        value = ldexp(lam, power, xp)
+        if not bool(xp.all(known := xp.isfinite(lam))):  # powers of 1 / d overflow; in units of d they cannot
+            lam, power = _mixed_in_units(triplet, directions, xp.min(triplet._gap, axis=-1))
+            value = xp.where(known, value, ldexp(lam, power, xp))
+    return finite(scalar(value), f"derivative of order {len(directions)}", xp)
+
+
+def _mixed_in_units(triplet: SingularTriplet, directions: list[Array], unit: Array | None) -> tuple[Array, Array]:
+    """The mixed derivative over 2^e, and e, with directions scaled to about one, or to about the unit (...)."""
+    xp = triplet._xp
     power, coefficients = triplet._e, []
     for H in directions:
-        t, (scaled,) = scale([H], triplet._e, xp)
+        t, (scaled,) = scale([H], triplet._e, xp, unit)
         power = power + t
         coefficients.append(products(scaled, xp))
     P0, Q0 = triplet._P0, triplet._Q0
@@ -156,7 +168,7 @@ def _mixed(triplet: SingularTriplet, directions: list[Array]) -> Array:
         lam = triplet._pick(mixed_derivative(coefficients, triplet._resolvent(), P0, Q0, xp))
         power = power[..., None] if triplet._several else power
     lam = triplet._result(lam)
-    return finite(scalar(ldexp(lam, power + xp.zeros_like(lam), xp)), f"derivative of order {N}", xp)
+    return lam, power + xp.zeros_like(lam)
 
 
 def _dense(triplet: SingularTriplet, order: int, layout: str) -> Array:

@@ -39,7 +39,7 @@ from specpert._arrays import (
 from specpert._checks import check_shape
 from specpert._operators import is_operator
 from specpert._recursion import balanced
-from specpert._resolvent import HostResolvent, SmallSideResolvent
+from specpert._resolvent import HostResolvent, SmallSideResolvent, is_small
 from specpert.prepare import prepare
 from specpert.result import NonFiniteError
 from specpert.triplet import SingularTriplet, cast
@@ -343,7 +343,7 @@ class _Spectrum(Portable):
         self.plus = 1 / (2 * (sigma + s))
         if not is_complex(self.U, xp):  # a_k = b_k = u^T G v: what would be divided by sigma is nothing but rounding
             self.plus = xp.where(at_k, xp.zeros_like(s), self.plus)
-        self.sigma = sigma[..., 0]
+        self.sigma, self.small = sigma[..., 0], is_small(sigma, s, xp)
 
     def quadratic(self, p: Array, q: Array) -> Array:
         """Forms (...) from projections (..., m), (..., n)."""
@@ -358,8 +358,14 @@ class _Spectrum(Portable):
         return total
 
     def _outside(self, q: Array, b: Array, V: Array) -> Array:
-        """||q - V b||^2 by Pythagoras; the part along v, which may be all of q and adds nothing, is taken off first."""
+        """||q - V b||^2 by Pythagoras; the part along v, which may be all of q and adds nothing, is taken off first.
+
+        Divided by a small value rounding would count: then it is the norm of the residual, itself projected once more.
+        """
         xp, k = self.xp, self.k
+        if self.small:
+            rest = q - _times(V, b)
+            return xp.sum(square(rest - _times(V, _times(adjoint(V, xp), rest)), xp), axis=-1)
         rest = q - V[..., k] * b[..., k : k + 1]
         others = square(b, xp)
         inside = xp.sum(others[..., :k], axis=-1) + xp.sum(others[..., k + 1 :], axis=-1)
@@ -375,10 +381,15 @@ class _Spectrum(Portable):
         sigma = self.sigma[..., None, None]
         m, n = U.shape[-2], V.shape[-2]
         if m > n:
-            L = L + (eye(m, U, xp) - U @ Ua) / sigma
+            L = L + self._complement(U) / sigma
         if n > m:
-            R = R + (eye(n, V, xp) - V @ Va) / sigma
+            R = R + self._complement(V) / sigma
         return L, R, C
+
+    def _complement(self, U: Array) -> Array:
+        """I - U U^*, of a small value twice."""
+        rest = eye(U.shape[-2], U, self.xp) - U @ adjoint(U, self.xp)
+        return rest @ rest if self.small else rest
 
     def diagonal_blocks(self) -> tuple[Array, Array, Array]:
         """The diagonals of L and R, and C."""

@@ -12,7 +12,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from specpert._arrays import Array, adjoint, array, as_arrays, check_matrix, eps, exponent, ldexp, magnitude, namespace
+import numpy as np
+
+from specpert._arrays import (
+    Array,
+    adjoint,
+    array,
+    as_arrays,
+    check_matrix,
+    eps,
+    exponent,
+    finite,
+    ldexp,
+    magnitude,
+    namespace,
+)
 from specpert._checks import check_direction, check_fraction, check_indices
 from specpert.certificate import spectral_norm_bound
 from specpert.result import SpecpertError
@@ -92,7 +106,10 @@ class OneSided:
     _values: Any = field(repr=False)
 
     def values(self, x: float) -> Array:
-        """The sorted values at x >= 0, shape (c,), with an error of O(x^3)."""
+        """The sorted values at x >= 0, shape (c,), with an error of O(x^3).
+
+        Raises OverflowError where they are, or x times the direction is beside the matrix, beyond the range of floats.
+        """
         if not isinstance(x, numbers.Real):
             raise TypeError(f"expected x to be a real number, got {type(x).__name__}")
         if not 0 <= x < math.inf:
@@ -174,14 +191,24 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
 def _of_zero(first: Array, second: Array, e: Array, t: Array, x: float) -> Array:
     """The values at 2^(e - t) x of what is zero at x = 0, from U_0^* H V_0 and U_0^* H A^+ H V_0."""
     xp = namespace(first)
-    scaled = ldexp(array(x, e, xp), t - e, xp)
-    return ldexp(scaled * xp.linalg.svdvals(first - scaled * second), e, xp)
+    scaled = array(_in_units(x, e, t), e, xp)
+    what = f"values at x = {x}"
+    with np.errstate(over="ignore", invalid="ignore"):
+        matrix = finite(first - scaled * second, what, xp)
+        return finite(ldexp(scaled * xp.linalg.svdvals(matrix), e, xp), what, xp)
 
 
 def _of_tie(series: ClusterSeries, e: Array, t: Array, x: float) -> Array:
     """Those of a tie, from its series."""
     xp = namespace(e)
-    return ldexp(series.values(float(ldexp(array(x, e, xp), t - e, xp))), e, xp)
+    return finite(ldexp(series.values(_in_units(x, e, t)), e, xp), f"values at x = {x}", xp)
+
+
+def _in_units(x: float, e: Array, t: Array) -> float:
+    """X 2^(t - e), the argument for directions and values of the order of one."""
+    xp = namespace(e)
+    with np.errstate(over="ignore"):
+        return float(finite(ldexp(array(x, e, xp), t - e, xp), f"values at x = {x}", xp))
 
 
 def _check_single(A: Array, H: Array, xp: Any) -> None:

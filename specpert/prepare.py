@@ -57,9 +57,10 @@ def singular_triplet(
         Default 10 max(m, n) eps, the error of the decomposition itself. A Gram matrix is decomposed in float64; there
         it is at least 10 eps of the precision of the results.
     rtol : float
-        Relative accuracy asked of Hessian forms and diagonals. From 1e-6 on, the Gram method may take them from a
-        factorisation in single precision, where the gap is wide enough for that, and the isolation distance may then be
-        2e-4 + 5 rtol too small, relative to it; singular value, vectors and series have full accuracy all the same.
+        Relative accuracy asked of Hessian forms; diagonals have four times that. From 1e-6 on, the Gram method may take
+        them from a factorisation in single precision, where the gap is wide enough for that, and the isolation distance
+        may then be 2e-4 + 5 rtol too small, relative to it; singular value, vectors and series have full accuracy all
+        the same.
     dtype : dtype, optional
         Precision of the results: A's own (default), or float64 for a float32 matrix that is meant exactly as it is;
         for a complex matrix either name of the precision will do. The Gram method makes no copy of the matrix for that.
@@ -127,6 +128,10 @@ def prepare(
             )
         if method in ("svd", "gram"):
             raise ValueError(f"expected a dense array for method={method!r}, got {type(A).__name__}; convert it to one")
+        if not (prepared or is_operator(A) or method == "lanczos" or isinstance(k, int | np.integer)):
+            raise TypeError(
+                f"expected dense directions for k = {k}, got a sparse one or an operator; make an array of it"
+            )
         return _prepare_operators(A, k, directions, names, cluster, gap_tol, v0)
     if v0 is not None and (prepared or method == "svd"):
         what = "a triplet" if prepared else "method='svd'"
@@ -153,7 +158,7 @@ def _check_request(triplet: SingularTriplet, k: Any, cluster: bool, gap_tol: flo
     if triplet._cluster and isinstance(k, list):
         raise TypeError(f"expected a triplet of single values for the list k = {k}, got that of a cluster {triplet.k}")
     own = list(triplet._indices)
-    asked = list(k) if isinstance(k, Sequence) else [k]
+    asked = np.ravel(np.asarray(k)).tolist()
     if asked not in ([0], own) or (cluster and not triplet._cluster):
         raise ValueError(f"expected the k = {triplet.k} of the triplet, or none, got k = {k}; prepare another triplet")
     if gap_tol is not None:

@@ -80,9 +80,10 @@ class Scaled(Portable):
         """The sum at x over 2^e, and e."""
         e, xp = self.power[..., 0], self.xp
         y = ldexp(x + 0 * e, self.power[..., 1] - e + 0 * x, xp) if self.terms.shape[-1] > 1 else x
-        total = self.terms[..., -1] + xp.zeros_like(y)
+        total, in_range = self.terms[..., -1] + xp.zeros_like(y), bool(xp.all(xp.isfinite(y)))
         for n in range(self.terms.shape[-1] - 2, -1, -1):
-            total = total * y + self.terms[..., n]
+            # zero times what has left the range is zero
+            total = total * (y if in_range else xp.where(total == 0, xp.zeros_like(y), y)) + self.terms[..., n]
         return total, e + 0 * xp.real(total)
 
     def coefficients(self) -> Array:
@@ -304,7 +305,12 @@ def _expand(triplet: SingularTriplet, family: list[Array], order: int, vectors: 
     if not all(bool(xp.all(xp.isfinite(part.terms))) for part in parts[:-1] if part is not None):
         # powers of 1 / d overflow; in units of d they cannot, but those of values with a larger d may underflow
         first, parts = parts, _terms(triplet, family, order, vectors, xp.min(triplet._gap, axis=-1))
-        parts = (first[0].completed(parts[0]), *parts[1:])
+        vector_series = parts[2:4] if parts[1] is not None else _completed(first[2:4], parts[2:4])
+        parts = (first[0].completed(parts[0]), parts[1], *vector_series, parts[4])
+    if parts[1] is None and (unit := _unit_of_small_terms(parts[0])) is not None:
+        # what is large in the directions has no part in the value, whose terms are then near the end of the range
+        first, parts = parts, _terms(triplet, family, order, vectors, xp.full_like(triplet._e, unit))
+        parts = (parts[0].completed(first[0]), None, *_completed(parts[2:4], first[2:4]), parts[4])
     lam, E, left, right, certificate = parts
     P, Q = (None if part is None else part.coefficients() for part in (left, right))
     if E is not None:
@@ -341,6 +347,26 @@ def _terms(triplet: SingularTriplet, family: list[Array], order: int, vectors: b
         return of(means, triplet._e), of(E, triplet._e), left, right, certificate
     lam = of(value_coefficients(state, E, order, xp), triplet._e)
     return lam.first() if isinstance(triplet.k, int) else lam, None, left, right, certificate
+
+
+def _completed(
+    series: tuple[Scaled | None, Scaled | None], others: tuple[Scaled | None, Scaled | None]
+) -> tuple[Scaled | None, Scaled | None]:
+    """Both vector series completed by others, where there are any."""
+    left, right = (None if a is None or b is None else a.completed(b) for a, b in zip(series, others, strict=True))
+    return left, right
+
+
+def _unit_of_small_terms(lam: Scaled) -> float | None:
+    """One in which terms are larger, where some are so small that digits are lost; else None."""
+    xp, size = lam.xp, lam.xp.abs(lam.terms[..., 1:])
+    least = float(xp.finfo(size.dtype).smallest_normal) ** 0.75
+    lost = (size > 0) & (size < least)
+    if not bool(xp.any(lost)):
+        return None
+    rates = xp.log2(xp.where(lost, size, xp.ones_like(size)))
+    orders = array([float(n) for n in range(1, lam.terms.shape[-1])], size, xp)
+    return 2.0 ** float(xp.max(-rates / orders))
 
 
 SMALL = 64  # side up to which a matrix counts as small

@@ -19,6 +19,7 @@ rho = |x| / r0 of the samples; M their number; unit d r0^-n eps.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -256,7 +257,8 @@ def check_derivative(
     comparison = _Comparison(max(_eps(theirs), _eps(expected)), factor)
     relative = problem.noise(_eps(theirs) + _eps(expected)) * math.e * (order + 1)
     name = f"D^{order} sigma_{k}" + ("" if directions is not None else " (largest difference)")
-    comparison.one(problem, order, theirs, expected, relative, size, f"{name} = {{}} (specpert)")
+    results = size.under(theirs), size.under(expected)
+    comparison.one(problem, order, *results, relative, size, f"{name} = {{}} (specpert)")
     return comparison.report()
 
 
@@ -328,7 +330,7 @@ def check_certificate(
     reach = radius if math.isfinite(radius) else 8 * problem.r0  # whoever claims more must hold more
     for x in 0.99 * reach * np.linspace(-1, 1, samples):
         claimed = float(_numpy(series.remainder(float(x))))
-        partial = sum((c * float(x) ** n for n, c in enumerate(lam)), start=0.0)
+        partial = functools.reduce(lambda total, c, x=float(x): total * x + c, lam[::-1], 0.0)  # type: ignore[misc]
         exact = exact_value(float(x), 1.0) if exact_value else problem.value(float(x))
         error = abs(float(exact - float(partial)))
         if not error <= claimed + allowance or not math.isfinite(claimed):
@@ -340,6 +342,44 @@ def check_certificate(
         bound = claimed + allowance
         worst = max(worst, (error / bound if bound > 0 else 0.0, error, bound))
     return CheckReport((order,), (worst[1],), (worst[2],), f"samples of {digits} digits" if digits else "samples")
+
+
+class _Scale(NamedTuple):
+    """m 2^e, which may be far out of the range of floats."""
+
+    m: float
+    e: int
+
+    @classmethod
+    def of(cls, *factors: float) -> _Scale:
+        """Their product."""
+        m, e = 1.0, 0
+        for factor in factors:
+            part, more = math.frexp(factor)
+            m, carried = math.frexp(m * part)
+            e += more + carried
+        return cls(m, e)
+
+    def power(self, n: int) -> _Scale:
+        """Its n-th power."""
+        m, e = _Scale.of(*[self.m if n > 0 else 1 / self.m] * abs(n))
+        return _Scale(m, e + n * self.e)
+
+    def by(self, other: _Scale) -> _Scale:
+        """Their product."""
+        return _Scale(self.m * other.m, self.e + other.e)
+
+    def over(self, other: _Scale) -> float:
+        """Its ratio to another, of a size that floats have."""
+        return math.ldexp(self.m / other.m, self.e - other.e)
+
+    def times(self, x: Any) -> Any:
+        """X times it."""
+        return _shifted(_double(np.asarray(x)) * self.m, self.e)
+
+    def under(self, x: Any) -> Any:
+        """X over it."""
+        return _shifted(_double(np.asarray(x)) / self.m, -self.e)
 
 
 class _Comparison:
@@ -359,32 +399,35 @@ class _Comparison:
         for n, (value, expected) in enumerate(zip(computed, reference, strict=True)):
             relative = problem.noise(self.eps) * math.e * (n + 1) + problem.noise(sample_eps) * rule.amplification[n]
             relative += problem.size * rule.truncation[n]
-            unit = problem.r0**-n
-            self.one(problem, n, value, expected * unit, relative, unit, f"lam_{n} = {{}} ({rule.name})")
+            unit = _Scale.of(problem.r0).power(-n)
+            self.one(problem, n, unit.under(value), expected, relative, unit, f"lam_{n} = {{}} ({rule.name})")
 
-    def one(self, problem: _Problem, n: int, got: Any, expected: Any, relative: float, unit: float, what: str) -> None:
-        """Compare the results of order n; the tolerance is `relative` times `unit`."""
+    def one(self, problem: _Problem, n: int, got: Any, expected: Any, relative: float, unit: _Scale, what: str) -> None:
+        """Compare the results of order n, both over `unit`; the tolerance is `relative`."""
         __tracebackhide__ = True
         relative = relative * self.factor
         if relative >= problem.size and n > 0:
             raise ValueError(
                 f"expected a tolerance below {problem.size:.1e}, the largest size of what is checked, in units of "
-                f"{unit:.1e}, got {relative:.1e}: the gap d = {problem.d:.3e} is too small for this precision; use "
-                "wider dtypes, digits=50, or check the cluster"
+                f"{unit.times(1.0):.1e}, got {relative:.1e}: the gap d = {problem.d:.3e} is too small for this "
+                "precision; use wider dtypes, digits=50, or check the cluster"
             )
-        tolerance = relative * unit
+        with np.errstate(over="ignore"):
+            relative += float(unit.under(2.0**-1074 if self.eps < 1e-10 else 2.0**-149))  # the least number there is
         difference = np.abs(np.asarray(got) - np.asarray(expected))
         at = np.unravel_index(np.argmax(np.where(np.isnan(difference), np.inf, difference)), difference.shape)
         error = float(difference[at])
-        if not error <= tolerance:
-            g, e = np.asarray(got)[at], np.asarray(expected)[at]
+        if not error <= relative:
+            here = (np.asarray(got)[at], np.asarray(expected)[at], error, relative, problem.d * self.eps)
+            g, e, off, tolerance, least = (unit.times(x)[()] for x in here)
             raise AssertionError(
-                f"expected {what.format(format(e, '.12e'))}, got {g:.12e}: off by {error:.3e} at order {n}, tolerance "
+                f"expected {what.format(format(e, '.12e'))}, got {g:.12e}: off by {off:.3e} at order {n}, tolerance "
                 f"{tolerance:.3e} = {relative / (problem.d * self.eps):.1e} units d (2 ||H|| / d)^n eps with the "
-                f"isolation distance d = {problem.d:.6e}, the unit being {problem.d * unit * self.eps:.1e}"
+                f"isolation distance d = {problem.d:.6e}, the unit being {least:.1e}"
             )
-        ratio = error / tolerance if tolerance > 0 else 0.0
-        self.found[n] = max(self.found.get(n, (-1.0, 0.0, 0.0)), (ratio, error, tolerance))
+        ratio = error / relative if relative > 0 else 0.0
+        found = (ratio, float(unit.times(error)), float(unit.times(relative)))
+        self.found[n] = max(self.found.get(n, (-1.0, 0.0, 0.0)), found)
 
     def report(self) -> CheckReport:
         """What was found."""
@@ -414,31 +457,33 @@ def _against_sigma(
         return comparison.report()
     norms = [float(np.linalg.norm(H, 2)) or 1.0 for H in family]
     total = allowed = 0.0
+    size = _polydisc(_isolation(np.linalg.svd(matrix, compute_uv=False), (k,), matrix.shape), family, order, one)
     for signs in itertools.product((1.0, -1.0), repeat=order - 1):
         weights = [s / h for s, h in zip((1.0, *signs), norms, strict=True)]
         H = sum(w * H for w, H in zip(weights, directions, strict=True))
+        if not _numpy(H).any():  # nothing changes along it
+            continue
         problem = _Problem.make(matrix, [_numpy(H)], (k,))
         along = problem.samples(order, None, lambda x, H=H: float(function(A + x * H)))  # type: ignore[misc]
-        unit = problem.r0**-order / 2 ** (order - 1)
-        total += math.prod(signs) * along[0][order] * unit
-        allowed += (
+        share = _Scale.of(problem.r0).power(-order).by(_Scale.of(*norms)).over(size) / 2 ** (order - 1)
+        total += math.prod(signs) * along[0][order] * share
+        allowed += share * (
             problem.noise(eps) * along[1].amplification[order] + problem.size * along[1].truncation[order]
-        ) * unit
-    size = _polydisc(problem.d, family, order, one)
+        )
     computed = _numpy(ours)
     comparison = _Comparison(_eps(computed), factor)
-    relative = problem.noise(_eps(computed)) * math.e * (order + 1) + allowed * math.prod(norms) / size
-    comparison.reference = along[1].name
-    comparison.one(
-        problem, order, computed, total * math.prod(norms), relative, size, f"D^{order} sigma_{k} = {{}} (samples)"
-    )
+    relative = problem.noise(_eps(computed)) * math.e * (order + 1) + allowed
+    comparison.reference = "samples of the function"
+    what = f"D^{order} sigma_{k} = {{}} (samples)"
+    comparison.one(problem, order, size.under(computed), total, relative, size, what)
     return comparison.report()
 
 
-def _polydisc(d: float, family: list[np.ndarray], order: int, one: bool) -> float:
+def _polydisc(d: float, family: list[np.ndarray], order: int, one: bool) -> _Scale:
     """Size of D^n sigma[H_1, ..., H_n] in units of d / 2: c_n prod_i (2 ||H_i|| / d)."""
     norms = [float(np.linalg.norm(H, 2)) or 1.0 for H in family] or [1.0] * order
-    return (math.factorial(order) if one else order**order) * math.prod(2 * h / d for h in norms)
+    count = float(math.factorial(order) if one else order**order)
+    return _Scale.of(count, 2.0 ** len(norms), *norms).by(_Scale.of(d).power(-len(norms)))
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
@@ -694,6 +739,11 @@ def _matrices(A: Any, coefficients: Any) -> list[tuple[tuple[int, ...], Any, lis
     lead = np.broadcast_shapes(*(X.shape[:-2] for X in arrays))
     arrays = [np.broadcast_to(X, (*lead, *X.shape[-2:])) for X in arrays]
     return [(i, arrays[0][i], [X[i] for X in arrays[1:]]) for i in np.ndindex(*lead)]
+
+
+def _shifted(x: np.ndarray, e: int) -> np.ndarray:
+    """X 2^e."""
+    return np.ldexp(x.real, e) + 1j * np.ldexp(x.imag, e) if np.iscomplexobj(x) else np.ldexp(x, e)
 
 
 def _double(x: np.ndarray) -> np.ndarray:

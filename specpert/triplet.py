@@ -130,9 +130,10 @@ class SingularTriplet(Portable):
 
     @property
     def _E0(self) -> Array:
-        """Effective matrix of order 0 (..., c, c): the values on the diagonal."""
-        identity = eye(len(self._indices), self._values, self._xp)
-        return self._xp.astype(self._values[..., None, :] * identity, self._P0.dtype)
+        """Effective matrix of order 0: of a cluster (..., c, c), the values on the diagonal; else the row of these."""
+        values = self._values[..., None, :]
+        values = values * eye(len(self._indices), values, self._xp) if self._cluster else values
+        return self._xp.astype(values, self._P0.dtype)
 
     def _at(self, j: int) -> SingularTriplet:
         """The j-th of several values, with the same decomposition."""

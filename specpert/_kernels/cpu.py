@@ -11,6 +11,7 @@ import numba
 import numpy as np
 
 from specpert._kernels import agnostic
+from specpert._resolvent import SMALL
 
 njit = numba.njit(cache=True, fastmath=False, nogil=True)
 njit_sums = numba.njit(cache=True, fastmath={"reassoc", "contract"}, nogil=True)
@@ -81,6 +82,7 @@ def resolvent(U, s, Vh, k, f, g, along, x, y):  # type: ignore[no-untyped-def]
     n, e = Vh.shape[1], s[k]
     x[:] = 0
     y[:] = 0
+    careful = e < SMALL * s[0]  # then what is outside is not made of two large parts
     for i in range(r):
         al = f[0] * 0
         be = f[0] * 0
@@ -97,20 +99,38 @@ def resolvent(U, s, Vh, k, f, g, along, x, y):  # type: ignore[no-untyped-def]
             xi = (e * al + s[i] * be) / denominator
             yi = (s[i] * al + e * be) / denominator
         # what lies outside the thin SVD is divided by sigma: add U (xi - al / e) and f / e
-        if m > r:
+        if m > r and not careful:
             xi -= al / e
-        if n > r:
+        if n > r and not careful:
             yi -= be / e
         for a in range(m):
             x[a] += U[a, i] * xi
         for b in range(n):
             y[b] += np.conj(Vh[i, b]) * yi
     if m > r:
+        rest = f.copy()
+        if careful:
+            for _ in range(2):
+                for i in range(r):
+                    al = f[0] * 0
+                    for a in range(m):
+                        al += np.conj(U[a, i]) * rest[a]
+                    for a in range(m):
+                        rest[a] -= U[a, i] * al
         for a in range(m):
-            x[a] += f[a] / e
+            x[a] += rest[a] / e
     if n > r:
+        rest = g.copy()
+        if careful:
+            for _ in range(2):
+                for i in range(r):
+                    be = f[0] * 0
+                    for b in range(n):
+                        be += Vh[i, b] * rest[b]
+                    for b in range(n):
+                        rest[b] -= np.conj(Vh[i, b]) * be
         for b in range(n):
-            y[b] += g[b] / e
+            y[b] += rest[b] / e
 
 
 def add_product(A: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
