@@ -286,11 +286,10 @@ def _next_of_gram(
             raise
         quotient, residual = _rayleigh(deflated, x)
         error = float(np.linalg.norm(residual))
-        if error >= least:  # near a value with many copies a start that has converged may lose digits
-            break
-        # what a start has of a larger value it keeps, or more: seen in the residual but for that share
-        best, value, least = x, quotient, error
-        upper = value + (1 + hidden) * error + rounding
+        if error < least:  # near a value with many copies a start that has converged may lose digits
+            best, value, least = x, quotient, error
+            # what a start has of a larger value it keeps, or more: seen in the residual but for that share
+            upper = value + (1 + hidden) * error + rounding
         here, known, bound = (math.sqrt(max(float(x), 0.0)) for x in (w[-1], value, upper))
         if here - bound > 0.99 * (here - known):
             break

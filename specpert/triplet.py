@@ -52,8 +52,8 @@ class SingularTriplet(Portable):
     gap : array, shape of sigma
         Isolation distance d in the spectrum of the Jordan-Wielandt matrix: the least of the distances to the other
         singular values, 2 sigma, and sigma where zero is in that spectrum (theory 1.9). Where the other values are not
-        all known it is a lower bound: up to 1 % too small for sparse arrays and operators, 2e-4 + 5 rtol by
-        `rtol`, 1e-5 else.
+        all known it is a lower bound (for sparse arrays and operators very likely so): up to 1 % too small for sparse
+        arrays and operators, or more if it is less than 1e-5 sigma, 2e-4 + 5 rtol by `rtol`, 1e-5 else.
     k : int or tuple of int
         What was asked for.
     shape : tuple of int

@@ -131,10 +131,10 @@ def test_sparse_gaps_are_lower_bounds_and_no_false_ties(seed):
     try:
         triplet = singular_triplet(sparse.diags_array(s).tocsr(), j)
     except ConvergenceError:  # an honest answer, where the gap is near the limit
-        assert relative < 1e-7
+        assert relative < 1e-5
         return
     assert triplet.gap <= gap * (1 + 1e-6) + 1e-14
-    assert triplet.gap >= 0.95 * gap
+    assert triplet.gap >= (0.98 if relative > 1e-5 else 0.1) * gap
 
 
 @pytest.mark.parametrize("scale", [1e80, 1e160, 1e300, 1e-200])
