@@ -92,8 +92,8 @@ class Spectrum:
         Empty when all is well.
     norms : Tensor (g,), optional
         Upper bounds of the norms of several matrices, exact for the largest two.
-    chart : Tensor (J, n), optional
-        Where the matrix that attains sigma is X E for a real matrix X (m, J) of the parameters: E.
+    chart : callable, optional
+        Makes E (J, n) where the matrix that attains sigma is X E for a real matrix X (m, J) of the parameters.
 
     Vectors of complex matrices are real here, of twice the length: real parts and imaginary ones in turn. Real parts of
     inner products are then those of real vectors.
@@ -106,7 +106,7 @@ class Spectrum:
     group: int = 0
     problem: str = ""
     norms: Tensor | None = None
-    chart: Tensor | None = None
+    chart: Callable[[], Tensor | None] | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -286,7 +286,8 @@ def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor) -> Tensor:
 @one_thread
 def variance_forms(spectrum: Spectrum) -> tuple[Tensor, Tensor]:
     """``J o J`` and the diagonal of H as matrices (m, n) for J and H of sigma (theory 2.4); by a chart (m, J)."""
-    hessian, u, v, E = specpert.SigmaHessian(spectrum.triplet), spectrum.u, spectrum.v, spectrum.chart
+    hessian, u, v = specpert.SigmaHessian(spectrum.triplet), spectrum.u, spectrum.v
+    E = None if spectrum.chart is None else spectrum.chart()
     if E is None:
         return torch.outer(u.square(), v.square()), _tensor(hessian.diagonal())
     u, v = as_given(u, E.dtype), as_given(v, E.dtype)

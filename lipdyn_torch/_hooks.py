@@ -14,6 +14,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,7 +117,8 @@ class Watch:
     lengths: tuple[int, ...] = field(default=(), init=False)  # all axes of an output but the last
     latent: bool = field(default=False, init=False)  # the input was a parameter itself
     indices: Tensor | None = field(default=None, init=False)  # that the table was read at in the last measured step
-    same_indices: bool = field(default=False, init=False)  # and now again
+    now: Tensor | None = field(default=None, init=False)  # and in this one, first
+    same_indices: bool = field(default=False, init=False)  # which are the same
     resized: bool = field(default=False, init=False)  # the matrix became another one for the size of an input
 
     def __post_init__(self) -> None:
@@ -139,7 +141,7 @@ class Watch:
             self.spectrum = Spectrum(matrices, math.nan, math.nan, None, problem=self.rule.unknown)
             return
         found = read_spectrum(matrices, known, ENOUGH if single else 0.0)
-        self.spectrum = replace(found, chart=self.rule.chart(self.module, found.group))
+        self.spectrum = replace(found, chart=partial(self.rule.chart, self.module, found.group))
 
     def _matrices(self, values: list[Tensor]) -> Tensor:
         """The weight (g, m, n): in the parameters' own precision, in float64 where it has to be computed from them."""
@@ -151,9 +153,9 @@ class Watch:
         """Whether the matrix is nothing but the parameter in another shape."""
         return type(self.rule).effective is LayerRule.effective and len(self.parameters) == 1
 
-    def refresh(self) -> bool:
-        """Read the spectrum again if the weight is not bitwise the one it was read from; True if it was not."""
-        same = all(_bitwise_equal(whole(p), x) for p, x in zip(self.parameters, self.values, strict=True))
+    def refresh(self, anew: bool = False) -> bool:
+        """Read the spectrum again if the weight is not bitwise the one it was read from, or `anew`; True if so."""
+        same = not anew and all(_bitwise_equal(whole(p), x) for p, x in zip(self.parameters, self.values, strict=True))
         if same and not (self._plain or self.rule.pure):  # it may read more than the parameters
             known = self.spectrum.matrices
             same = _bitwise_equal(self._matrices([whole(p) for p in self.parameters]), known)
@@ -161,13 +163,15 @@ class Watch:
             self._read(self.spectrum)
         return not same
 
-    def meet(self, x: Any) -> None:
-        """Have the spectrum of the present weight, for this input, before the layer is used."""
-        unknown, changed = self.rule.unknown, self.rule.meet(x)
+    @torch.no_grad()  # a tensor that autograd saves would count among those of a checkpoint
+    def meet(self, x: Any, rule: LayerRule) -> None:
+        """Have the spectrum of the present weight, for this input of a module, before it is used."""
+        unknown, changed = self.rule.unknown, rule.meet(x)
         self.refresh()
-        if isinstance(x, Tensor) and not x.is_floating_point():
-            self.same_indices = self.indices is not None and torch.equal(self.indices, x)
-            self.indices = x.clone()
+        if self.now is None and _is_square(x):
+            last, self.now = self.indices, x.clone()
+            fits = last is not None and last.shape == x.shape and last.device == x.device
+            self.same_indices = fits and bool((last == x).all())
         if changed:
             self._resize(not unknown)
 
@@ -282,6 +286,14 @@ class Watch:
         self.passes, self.problems = {}, {}
         self.accumulated, self.eps, self.totals, self.versions, self.reached = False, 0.0, [], {}, set()
         self.lengths, self.latent, self.resized, self.same_indices = (), False, False, False
+        self.indices, self.now = self.now, None
+
+
+def _is_square(x: Any) -> bool:
+    """Whether these are indices, as many rows as columns."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_nested or x.layout != torch.strided:
+        return False
+    return x.ndim == 2 and x.shape[0] == x.shape[1]
 
 
 def failure(error: Exception) -> str:
@@ -321,6 +333,11 @@ class Tap:
         """Put the forward hook on the module."""
         return self.module.register_forward_hook(_ForwardHook(self), with_kwargs=True)
 
+    @property
+    def unknown(self) -> bool:
+        """Whether it feeds frozen weights of which it is not known what matrix they are."""
+        return any(watch.rule.unknown and not watch.trained for watch, _ in self.feeds)
+
     def stale(self) -> bool:
         """Whether gradients were cleared to which contributions were caught."""
         return any(watch.passes and watch.cleared() for watch, _ in self.feeds)
@@ -342,18 +359,32 @@ class _ForwardHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
+            if self.tap.switch.on and self.tap.unknown:
+                self.introduce(module, args, kwargs)
             return
         if not self.tap.switch.on:
             self.tap.switch.ahead = True
             return
         self.watch(module, args, kwargs, output)
 
+    @torch._disable_dynamo
+    def introduce(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show frozen weights, which no gradient asks for, an input that tells what matrix they are."""
+        x = self.tap.rule.inputs(module, args, kwargs)
+        for watch, _ in self.tap.feeds:
+            if x is not None and not watch.trained:
+                watch.meet(x, self.tap.rule)
+
     @torch._disable_dynamo  # where a compiled function uses the module: what comes before goes into its graph
     def watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook the output."""
         tap = self.tap
         output = tap.rule.output(module, output)
-        if output is None or not output.requires_grad or _is_symbolic(output):
+        if output is None or _is_symbolic(output):
+            return
+        if not output.requires_grad:
+            if tap.unknown:
+                self.introduce(module, args, kwargs)
             return
         if output.is_leaf:  # a parameter itself: a hook would stay on it
             return
@@ -368,7 +399,7 @@ class _ForwardHook:
                 watch.latent = True
         if x is not None:
             for watch, _ in tap.feeds:
-                watch.meet(x)
+                watch.meet(x, tap.rule)
             given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
             # autograd itself notices what is written over, unless autocast has made a copy for it
             late = torch.is_autocast_enabled(output.device.type) or any(watch.hold for watch, _ in tap.feeds)

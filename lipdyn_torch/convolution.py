@@ -172,19 +172,16 @@ class ConvolutionOperator:
         """
         if not isinstance(module, nn.modules.conv._ConvNd):
             raise TypeError(f"expected a convolution of torch.nn, got {_kind(module)}")
-        options: dict[str, Any] = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups")}
-        options["padding_mode"] = module.padding_mode
-        if not module.transposed:
-            return cls(module.weight, size, **options)
-        size = _sizes(size, len(module.kernel_size), "size", 1)
-        axes = zip(
-            *(size, module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding),
-            strict=True,
-        )
-        found = cls(module.weight, [(n - 1) * s - 2 * p + d * (k - 1) + e + 1 for n, s, p, d, k, e in axes], **options)
-        if found.out != size:
+        found = cls(module.weight, _input_size(module, size), **_options(module))
+        if module.transposed and found.out != _sizes(size, len(module.kernel_size), "size", 1):
             raise ValueError(f"expected output_padding below stride {module.stride}, got {module.output_padding}")
         return found
+
+    @classmethod
+    def like(cls, module: nn.modules.conv._ConvNd, size: Sizes) -> Self:
+        """As `of`, with all taps one and a single channel: the geometry alone."""
+        ones = torch.ones(1, 1, *module.kernel_size, dtype=torch.float64, device="cpu")
+        return cls(ones, _input_size(module, size), **{**_options(module), "groups": 1})
 
     def __repr__(self) -> str:
         ci, co = self.kernel.shape[1] * self.groups, self.kernel.shape[0]
@@ -322,11 +319,16 @@ class ConvolutionOperator:
     @property
     def spread(self) -> float:
         """Norm of the padding: the root of how often it shows one pixel. The bounds are those of what comes after."""
-        if self.padding_mode == "zeros" or self.exact:
+        return 1.0 if self.exact else self.repeats
+
+    @property
+    def repeats(self) -> float:
+        """As `spread`, of a convolution that is not taken for one on a torus."""
+        if self.padding_mode == "zeros":
             return 1.0
         most = 1
         for n, padding in zip(self.size, self.padding, strict=True):
-            pixels = torch.arange(n, dtype=torch.float64)[None, None]
+            pixels = torch.arange(n, dtype=torch.float64, device="cpu")[None, None]
             shown = functional.pad(pixels, padding, mode=self.padding_mode).flatten().tolist()
             most *= max(Counter(shown).values())
         return math.sqrt(most)
@@ -365,8 +367,11 @@ class ConvolutionOperator:
         >>> ConvolutionOperator(torch.ones(1, 1, 3, 3), 32, padding=1).torus
         [33, 33]
         """
-        if self.exact:
-            return self.size
+        return self.size if self.exact else self.covering
+
+    @property
+    def covering(self) -> list[int]:
+        """As `torus`, of what there is when the padding is made."""
         sizes = []
         for i, s in enumerate(self.stride):
             # what other padding shows is a larger image without any
@@ -465,6 +470,22 @@ class ConvolutionOperator:
         return first
 
 
+def _options(module: nn.modules.conv._ConvNd) -> dict[str, Any]:
+    return {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups", "padding_mode")}
+
+
+def _input_size(module: nn.modules.conv._ConvNd, size: Sizes) -> list[int]:
+    """That of the convolution: of a transposed one the size of the outputs."""
+    size = _sizes(size, len(module.kernel_size), "size", 1)
+    if not module.transposed:
+        return size
+    assert not isinstance(module.padding, str)  # which torch refuses there
+    axes = zip(
+        *(size, module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding), strict=True
+    )
+    return [(n - 1) * s - 2 * p + d * (k - 1) + e + 1 for n, s, p, d, k, e in axes]
+
+
 def _tied(count: int) -> Exception:
     return degenerate(
         f"expected the norm to change alike at all frequencies that attain it, got {count} of which some differ: there "
@@ -481,15 +502,15 @@ def phases(
     Frequencies i + a L / s for a = 0 ... s - 1 are one behind a stride s (theory 3.2). With `distinct` there is one of
     those that are bound to have the same singular values: where E E^* is the same, or the conjugate.
     """
-    total, names = torch.ones(1, 1, 1, dtype=torch.complex128), np.zeros((2, 1), dtype=np.int64)
+    total, names = torch.ones(1, 1, 1, dtype=torch.complex128, device="cpu"), np.zeros((2, 1), dtype=np.int64)
     for k, n, s, d in zip(taps, size, stride, dilation, strict=True):
-        coarse = torch.arange(n // s)
-        fine = coarse[:, None] + torch.arange(s) * (n // s)
-        turns = fine[:, None] * (torch.arange(k) * d)[:, None] % n
-        axis = torch.polar(torch.ones(turns.shape, dtype=torch.float64), turns.double() * (-2.0 * math.pi / n))
+        coarse = np.arange(n // s)
+        fine = coarse[:, None] + np.arange(s) * (n // s)
+        turns = fine[:, None] * (np.arange(k) * d)[:, None] % n
+        axis = torch.from_numpy(np.exp(-2j * math.pi / n * turns))
         total = torch.einsum("fka,glb->fgklab", total, axis).flatten(4).flatten(2, 3).flatten(0, 1)
         # taps b apart have s exp(2 pi i b d i / L) in common if s divides b d, else nothing
-        name = (coarse * (d // math.gcd(d, s) if overlaps(k, s, d) else 0)).numpy()
+        name = coarse * (d // math.gcd(d, s) if overlaps(k, s, d) else 0)
         names = (names[:, :, None] * (n // s) + np.stack([name, -name])[:, None] % (n // s)).reshape(2, -1)
     if distinct:
         total = total[np.sort(np.unique(names.min(0), return_index=True)[1])]

@@ -89,51 +89,85 @@ class ConvTransposeRule(ConvRule):
 
 @dataclass
 class Torus:
-    """One that holds all images which a convolution has seen, and what padding that is not zero does to the norm."""
+    """One that holds all images which convolutions of the same kernel, stride and dilation have seen.
 
-    module: Any
-    pixels: tuple[int, ...] = ()
-    spread: float = 1.0
-    seen: set[tuple[int, ...]] = field(default_factory=set)
-    phases: Tensor = field(default_factory=lambda: torch.empty(0))
+    It is that of the images themselves while they are of one size, and all convolutions are ones on a torus of that
+    size; else one that holds the padded images.
+    """
 
-    def hold(self, size: tuple[int, ...]) -> bool:
+    taps: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    pixels: tuple[int, ...] = ()  # none before the first image
+    spread: float = 1.0  # what padding that is not zero does to the norm
+    phases: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"), repr=False)
+    _seen: set[tuple[Any, ...]] = field(default_factory=set)
+    _noted: list[float] = field(default_factory=list)
+
+    def hold(self, module: Any, size: tuple[int, ...]) -> bool:
         """Make it large enough for images of that size; True if it is another one then."""
-        if size in self.seen:
+        if (module.padding, module.padding_mode, size) in self._seen:
             return False
-        self.seen.add(size)
-        operator = ConvolutionOperator.of(self.module, size)
-        old = () if operator.exact else self.pixels  # a convolution on a torus is one on its own alone
-        return self.put(tuple(map(max, old or operator.torus, operator.torus)), max(self.spread, operator.spread))
+        self._seen.add((module.padding, module.padding_mode, size))
+        found = ConvolutionOperator.like(module, size)
+        fewest = [-n for n in found.size]
+        noted = [*found.covering, found.repeats, 0.0 if found.exact else 1.0, *found.size, *fewest]
+        return self.recall(list(map(max, noted, self.noted())))
 
-    def put(self, pixels: tuple[int, ...], spread: float) -> bool:
-        """Take this one; True if it is another."""
+    def noted(self) -> list[float]:
+        """The covering torus, the padding's norm, whether one needed these, the most and the negative fewest pixels."""
+        axes = len(self.taps)
+        return self._noted or [*[0.0] * axes, 1.0, 0.0, *[0.0] * axes, *[-(2.0**40)] * axes]
+
+    def recall(self, noted: list[float]) -> bool:
+        """Take what was noted; True if it is another torus then."""
+        axes = len(self.taps)
+        covering, (repeats, rough) = noted[:axes], noted[axes : axes + 2]
+        most, fewest = noted[axes + 2 : 2 * axes + 2], noted[2 * axes + 2 :]
+        if not any(covering):
+            return False
+        self._noted = list(noted)
+        exact = not rough and most == [-n for n in fewest]
+        pixels, spread = tuple(map(int, most if exact else covering)), 1.0 if exact else repeats
         if (pixels, spread) == (self.pixels, self.spread):
             return False
         self.pixels, self.spread = pixels, spread
-        taps, geometry = self.module.kernel_size, (self.module.stride, self.module.dilation)
-        self.phases = spread * phases(taps, pixels, *geometry, distinct=True).to(self.module.weight.device)
+        self.phases = spread * phases(self.taps, pixels, self.stride, self.dilation, distinct=True)
         return True
 
 
 class TorusRule(LayerRule):
     """A convolution as an operator on a torus that holds the images: a complex matrix for each frequency (theory 3.2).
 
-    The norm is an upper bound of that on the images themselves, and the norm itself for circular padding (theory 3.3).
+    The norm is an upper bound of that on the images themselves, and the norm itself where they are the torus: with
+    circular padding, one size, and one output for each stride (theory 3.3).
     The matrices are linear in the kernel: each is the reshaped kernel times a matrix E of phases.
     """
 
     pure = True
 
     @classmethod
-    def of(cls, rule: ConvRule, module: Any) -> ConvRule | TorusRule:
-        """The rule itself where the reshaped kernel has the norm of the operator: where no patches overlap."""
+    def of(cls, rule: LayerRule, module: Any) -> LayerRule:
+        """The rule itself where it is none of these, or no patches overlap: the reshaped kernel then has the norm."""
+        if type(rule) not in (ConvRule, ConvTransposeRule) or not isinstance(module, nn.modules.conv._ConvNd):
+            return rule
         axes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-        same = getattr(module, "padding_mode", "zeros") == "zeros" and not any(overlaps(*axis) for axis in axes)
+        same = module.padding_mode == "zeros" and not any(overlaps(*axis) for axis in axes)
         return rule if same else cls(rule, module)
 
-    def __init__(self, inner: ConvRule, module: Any) -> None:
-        self.inner, self.torus = inner, Torus(module)
+    def __init__(self, inner: LayerRule, module: Any) -> None:
+        self.inner, self.module = inner, module
+        self.torus = Torus(module.kernel_size, module.stride, module.dilation)
+
+    def shares(self, other: LayerRule) -> bool:
+        """Whether a kernel in two places is one family of matrices; the torus is then one too."""
+        if not isinstance(other, TorusRule):
+            return False
+        mine, theirs = ((t.taps, t.stride, t.dilation) for t in (self.torus, other.torus))
+        if (mine, self.module.groups) != (theirs, other.module.groups):
+            return False
+        self.torus = other.torus
+        return True
 
     @property
     def unknown(self) -> str:  # type: ignore[override]
@@ -142,17 +176,15 @@ class TorusRule(LayerRule):
 
     def meet(self, x: Tensor) -> bool:
         """Make the torus large enough for the image."""
-        return self.torus.hold(tuple(x.shape[-len(self.torus.module.kernel_size) :]))
+        return self.torus.hold(self.module, tuple(x.shape[-len(self.torus.taps) :]))
 
     def noted(self) -> list[float]:
-        """Pixels of the torus along each axis, and what the padding does; zeros before the first image."""
-        return [*(self.torus.pixels or [0] * len(self.torus.module.kernel_size)), self.torus.spread]
+        """What the torus is made from."""
+        return self.torus.noted()
 
     def recall(self, noted: Sequence[float]) -> bool:
-        """Take that torus."""
-        if not any(noted[:-1]):
-            return False
-        return self.torus.put(tuple(map(int, noted[:-1])), float(noted[-1]))
+        """Make the torus from that."""
+        return bool(noted) and self.torus.recall(list(noted))
 
     def inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As of the reshaped kernel."""
@@ -182,8 +214,7 @@ class TorusRule(LayerRule):
         if not self.torus.pixels:
             return None
         E = self.torus.phases[group // module.groups]
-        channels = self.torus.module.weight.shape[1]
-        return torch.block_diag(*[E] * channels)
+        return torch.block_diag(*[E.to(module.weight.device)] * module.weight.shape[1])
 
     def coordinates(self, module: Any, part: str, tensors: Sequence[Tensor], group: int) -> Tensor:
         """The reshaped kernel."""
@@ -194,7 +225,7 @@ class TorusRule(LayerRule):
         return self.matrices(module, part, tensors)
 
     def _blocks(self, kernel: Tensor, which: slice) -> Tensor:
-        W = kernel.double().unflatten(0, (self.torus.module.groups, -1))
+        W = kernel.double().unflatten(0, (self.module.groups, -1))
         return blocks(W, self.torus.phases[which])
 
     def contract(

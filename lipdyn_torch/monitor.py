@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from itertools import chain, islice
@@ -117,6 +117,10 @@ def _full_precision(method: Callable[..., _T]) -> Callable[..., _T]:
     return exact
 
 
+class Detached:
+    """What copies and pickles of a monitor are: they watch nothing."""
+
+
 class LipschitzMonitor:
     r"""Record how, and why, the Lipschitz bound ``K = prod sigma_l`` of a network moves while it is trained.
 
@@ -147,8 +151,8 @@ class LipschitzMonitor:
         of layers where they are not too many numbers.
     conv : {"matrix", "operator"}
         A convolution is read as its reshaped kernel, as in the literature, whose norm is a lower bound of that on
-        images (theory 3.1); or as an operator on a torus that holds the images, whose norm is an upper bound, and exact
-        for circular padding (theory 3.2, 3.3). The size of images is read off the first one.
+        images (theory 3.1); or as an operator on a torus that holds the images, whose norm is an upper bound, and the
+        norm itself for circular padding and one size (theory 3.2, 3.3). The size of images is read off the first one.
     sampling : {"shuffle", "iid"}
         How batches are drawn: every sample once per epoch, or independently. Kept for the predictors' bands.
     dataset_size : int, optional
@@ -276,7 +280,9 @@ class LipschitzMonitor:
         self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._cleared = 0  # how often gradients went since the last step
         self._heard = False  # the hooks have seen a backward pass
-        self._lost: list[tuple[bool, int]] = []  # of each step that was not made: whether it overflowed; its samples
+        # of each step that was not made: whether it overflowed; its samples
+        self._lost: deque[tuple[bool, int]] = deque(maxlen=_FLAGS)
+        self._late: Exception | None = None  # of a sink, to be raised once the step is made
         self._switch = Switch(discard=self._discard, stale=self._stale)
         # What a preconditioner does to a sample is known at the step only; so is which calls share a weight.
         hold = self._split or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.RMSprop)
@@ -302,6 +308,7 @@ class LipschitzMonitor:
         watched = {id(p) for watch in self._watches for p in watch.parameters}
         others = {id(p): p for group in optimizer.param_groups for p in group["params"] if id(p) not in watched}
         self._handles += overhear(others.values(), self._switch)
+        self._heard_of = watched | {id(p) for p in others.values() if p.requires_grad}
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
         weakref.finalize(self, _EAGER.want, id(self), False).atexit = False
@@ -378,7 +385,7 @@ class LipschitzMonitor:
         self._step = int(state["step"])
         self._schedule.load_state_dict(state["schedule"])
         self._clock = self._pending = None
-        self._lost = []
+        self._lost.clear()
         for watch in self._watches:
             watch.forget()
             watch.refresh()
@@ -416,8 +423,8 @@ class LipschitzMonitor:
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # copies and pickles of what a monitor hangs on come without it
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Detached, ()
 
     def __repr__(self) -> str:
         state = "attached" if self._handles else "closed"
@@ -476,7 +483,10 @@ class LipschitzMonitor:
         try:
             if pending is not None:
                 self._write(pending)
+            if self._late is not None:
+                raise self._late
         finally:  # the step was made, even if a sink could not take its rows
+            self._late = None
             self._finish(due)
 
     def _stale(self) -> bool:
@@ -536,13 +546,14 @@ class LipschitzMonitor:
         for watch in self._watches:
             watch.forget()
         self._switch.forget()
-        if not reached or self._inside or not (overflowed or active(self._group)):
+        made = reached and not self._inside
+        if made and active(self._group):  # others may know of an overflow, or nothing of this pass
+            self._lost.append((overflowed, batch))  # settled with the next step
+        if not (made and overflowed):
             self._cleared += 1
             if self._cleared == UNSEEN and self._changed():
                 warnings.warn(NO_STEPS, stacklevel=2)
-        elif active(self._group):  # others may know of an overflow, or nothing of this pass: settled with the next step
-            self._lost.append((overflowed, batch))
-        else:
+        elif not active(self._group):
             try:
                 self._write(self._skipped(batch))
             finally:
@@ -562,7 +573,8 @@ class LipschitzMonitor:
 
         Returns the number of silent samples in all processes.
         """
-        lost, self._lost = self._lost[-_FLAGS:], []
+        lost = list(self._lost)
+        self._lost.clear()
         flags = sum(overflowed << i for i, (overflowed, _) in enumerate(lost))
         last = max(lost, default=(False, 0), key=lambda step: step[0])  # an overflow rather than another
         said = share(layers, self._group, [silent, len(lost), flags, last[1]])
@@ -572,7 +584,10 @@ class LipschitzMonitor:
         else:  # some process had passes of its own
             skipped = max(mask.bit_count() for mask in masks)
         for _ in range(skipped):
-            self._write(self._skipped(sum(batches)))
+            try:
+                self._write(self._skipped(sum(batches)))
+            except Exception as error:  # every process counts the step, and makes the next one
+                self._late = error
             self._schedule.finished(self._step)
             self._step += 1
         return sum(silents)
@@ -667,7 +682,9 @@ class LipschitzMonitor:
                 "came past them; a module of your own must return one tensor of its own, and torch.compiler.set_stance "
                 "leave measured steps uncompiled"
             )
-        if past or self._switch.others:
+        # of parameters that were added, or trained, later there is only the gradient to see
+        late = (p.grad is not None for p in self._parameters() if id(p) not in self._heard_of)
+        if past or self._switch.others or any(late):
             return
         raise NoBackwardError(
             f"expected a backward pass through a monitored layer ({', '.join(self.layers)}) before "

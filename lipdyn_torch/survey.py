@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lipdyn_torch._hooks import Switch, Tap, Watch
-from lipdyn_torch.convolution_rules import ConvRule, TorusRule
+from lipdyn_torch.convolution_rules import TorusRule
 from lipdyn_torch.errors import NoSupportedLayerError, UnownedParametersError
 from lipdyn_torch.fallback import FallbackRule
 from lipdyn_torch.history import NETWORK
@@ -93,7 +93,7 @@ def survey(
         if rule is None or reason is not None:
             found.entries.append(Entry(_row_name(path, module), type(module).__name__, "skipped", reason or "no rule"))
             continue
-        if operators and isinstance(rule, ConvRule) and isinstance(module, nn.modules.conv._ConvNd):
+        if operators and rule is not None:
             rule = TorusRule.of(rule, module)
         covered |= {id(child) for cover in rule.covers(module) for child in cover.modules()}
         # images have the samples first, and rules of the user's own and attention say themselves where they are
@@ -137,13 +137,24 @@ def _add_module(
             detail += "" if watch.trained else ", frozen: sigma only"
         else:
             detail = f"shares its weight with {watch.name}: contributions added"
-            if isinstance(rule, TorusRule) and isinstance(watch.rule, TorusRule):
-                rule.torus = watch.rule.torus
+            if not (isinstance(rule, TorusRule) and rule.shares(watch.rule)):
+                detail += _by_kernels(found, tap, watch)
         tap.feeds.append((watch, part))
         found.entries.append(Entry(row, kind, rule.label, detail))
     if tap.feeds:
         found.taps.append(tap)
         found.paths.append((path, module))
+
+
+def _by_kernels(found: Survey, tap: Tap, watch: Watch) -> str:
+    """Have the reshaped kernel read where one is in two places that make different operators of it."""
+    if not any(isinstance(rule, TorusRule) for rule in (tap.rule, watch.rule)):
+        return ""
+    for other in (tap, *(other for other in found.taps if any(fed is watch for fed, _ in other.feeds))):
+        other.rule = other.rule.inner if isinstance(other.rule, TorusRule) else other.rule
+    watch.rule = watch.rule.inner if isinstance(watch.rule, TorusRule) else watch.rule
+    watch.refresh(anew=True)
+    return ", both read as reshaped kernels: they differ in stride, dilation or groups"
 
 
 def _check(found: Survey, model: nn.Module, optimizer: Optimizer) -> None:

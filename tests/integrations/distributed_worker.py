@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -202,6 +203,59 @@ def experts(rank: int | None) -> list[dict]:
     return monitor.history.rows
 
 
+class Full:
+    """A sink whose disk is full when a step was left out."""
+
+    def start(self, meta: dict) -> None:
+        pass
+
+    def write(self, rows: list[dict]) -> None:
+        if any("cleared without a step" in row["status"] for row in rows):
+            raise OSError("no space left")
+
+    def close(self) -> None:
+        pass
+
+
+def sinking(rank: int) -> tuple[list[int], list[str]]:
+    """Steps of the rows, and what was raised, in a run with an overflow in which the first process has such a sink."""
+    from lipdyn_torch import LipschitzMonitor
+
+    model, raised = network(), []
+    called = nn.parallel.DistributedDataParallel(model)
+    optim, scaler = torch.optim.SGD(model.parameters(), lr=0.05), torch.amp.GradScaler("cpu", init_scale=8.0)
+    with LipschitzMonitor(model, optim, sinks=[Full()] if rank == 0 else []) as monitor:
+        for step in range(4):
+            x, y = batch(step)
+            optim.zero_grad()
+            loss = nn.functional.cross_entropy(called(x[4 * rank : 4 * rank + 4]), y[4 * rank : 4 * rank + 4])
+            scaler.scale(loss * torch.inf if step == 1 else loss).backward()
+            try:
+                scaler.step(optim)
+            except OSError as error:
+                raised.append(str(error))
+            scaler.update()
+    return monitor.history.steps, raised
+
+
+def elsewhere(rank: int) -> list[str]:
+    """Warnings of a run in which another optimizer makes the steps."""
+    from lipdyn_torch import LipschitzMonitor
+
+    model = network()
+    called = nn.parallel.DistributedDataParallel(model)
+    idle, optim = (torch.optim.SGD(model.parameters(), lr=0.05) for _ in range(2))
+    with LipschitzMonitor(model, idle) as monitor, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(110):
+            x, y = batch(step)
+            optim.zero_grad()
+            nn.functional.cross_entropy(called(x), y).backward()
+            optim.step()
+    assert len(monitor._lost) < 100
+    return [str(warning.message) for warning in caught]
+
+
 def collectives(rank: int) -> list[int]:
     """Numbers that the monitor's collectives sent in each of three steps."""
     sent: list[int] = []
@@ -244,6 +298,8 @@ SCENARIOS = {
     "ddp-overflow": lambda rank: trained(rank, "ddp", cut=5, overflow=True),
     "ddp-clipped": lambda rank: trained(rank, "ddp", groups=True),
     "ddp-images": pictured,
+    "ddp-sink": sinking,
+    "ddp-elsewhere": elsewhere,
     "fsdp-adam": lambda rank: trained(rank, "fsdp", "Adam"),
 }
 

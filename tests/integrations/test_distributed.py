@@ -257,6 +257,19 @@ def test_an_expert_of_one_process_only(combined):
     pd.testing.assert_frame_equal(one, other)
 
 
+def test_a_sink_of_one_process_that_fails_at_a_step_left_out(combined):
+    """It is heard of once the next step is made; all processes count the same steps."""
+    for rank, said in ((0, ["no space left"]), (1, [])):
+        steps, raised = combined[rank]["ddp-sink"]
+        assert steps == [0, 1, 2, 3]
+        assert raised == said
+
+
+def test_steps_of_another_optimizer_are_missed_in_every_process(combined):
+    for rank in (0, 1):
+        assert any("cleared gradients without one" in said for said in combined[rank]["ddp-elsewhere"])
+
+
 def test_images_of_other_sizes_in_every_process(combined):
     """The torus that holds the largest images of all processes is known to all from the second step on."""
     one, other = (combined[rank]["ddp-images"] for rank in (0, 1))

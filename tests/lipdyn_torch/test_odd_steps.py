@@ -279,6 +279,71 @@ def test_a_model_that_carries_its_monitor():
         torch.save(model, stream)
         stream.seek(0)
         for twin in (torch.load(stream, weights_only=False), copy.deepcopy(model)):
-            assert twin.monitor is None
+            assert type(twin.monitor).__name__ == "Detached"
             functional.mse_loss(twin(torch.randn(8, 6).double()), torch.zeros(8, 3).double()).backward()
         assert model.monitor is monitor
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "twice"])
+def test_a_table_used_again_in_the_same_step(way):
+    """New words each time, as many as there are samples: nothing is said."""
+
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(50, 5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if way == "twice":
+                return self.head(self.words(x) + self.words(x))
+            return torch.utils.checkpoint.checkpoint(lambda x: self.head(self.words(x)), x, use_reentrant=False)
+
+    model = Text()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randint(50, (4, 4))).square().mean().backward()
+            optimizer.step()
+    assert {row["status"] for row in monitor.history.rows} == {"ok"}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_indices_in_nested_tensors_do_not_stop_the_training():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            x = torch.nested.nested_tensor([torch.randint(10, (n,)) for n in (3, 5)], layout=torch.jagged)
+            model(x).values().square().mean().backward()
+            optimizer.step()
+    assert monitor.history.steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize("way", ["added", "unfrozen"])
+def test_a_step_of_a_parameter_that_came_later(way):
+    """No hook is on it; the gradient is there to see."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    model[1].requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained if way == "added" else model.parameters(), lr=0.1)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for step in range(2):
+            optimizer.zero_grad()
+            if step == 1:
+                model[1].requires_grad_(True)
+                if way == "added":
+                    optimizer.add_param_group({"params": list(model[1].parameters())})
+                model[1](torch.randn(8, 5)).square().mean().backward()
+            else:
+                model(torch.randn(8, 6)).square().mean().backward()
+            optimizer.step()
+    assert by_layer(monitor, 1)["0"]["status"] == "no gradient reached this layer"
+
+
+def test_copies_of_a_method_of_a_monitor():
+    model = mlp()
+    with LipschitzMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1)) as monitor:
+        model.log = monitor.report
+        assert copy.deepcopy(model).log is not model.log

@@ -341,3 +341,166 @@ def test_distinct_frequencies_have_all_values(taps, size, stride, dilation):
     assert len(few) < len(every)
     near = [[bool(torch.allclose(a, b, rtol=1e-9, atol=1e-12)) for b in few] for a in every]
     assert all(sum(row) == 1 for row in near)  # each is there, and no two of the few are the same
+
+
+def largest(conv: nn.Module, *shape: int) -> float:
+    """Norm of what a convolution does to images of that shape."""
+    columns = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)
+    bias = conv.bias.detach().reshape(-1, *[1] * (len(shape) - 1))
+    return float(torch.linalg.matrix_norm((conv(columns).detach() - bias).flatten(1), 2))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_gradient_checkpointing(reentrant, make):
+    """Nothing of the monitor's is saved by autograd inside a checkpoint: the rows are those without one."""
+    tables = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        model = pooled(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1))
+        optim = make(model.parameters(), lr=LR)
+        with LipschitzMonitor(model, optim, conv="operator") as monitor:
+            for step in range(3):
+                x, y = images((2, 6 + step, 6), step)
+                optim.zero_grad()
+                x.requires_grad_()
+                body = model[:3]
+                if checkpointed:
+                    hidden = torch.utils.checkpoint.checkpoint(body, x, use_reentrant=reentrant)
+                else:
+                    hidden = body(x)
+                nn.functional.cross_entropy(model[3:](hidden), y).backward()
+                optim.step()
+        tables.append(monitor.history.rows)
+    for row, other in zip(*tables, strict=True):
+        if reentrant and row["layer"] == "2":
+            continue  # images are seen in the backward pass there, and tori grow in it
+        for key in ("sigma", "dz"):
+            assert other[key] == pytest.approx(row[key], rel=1e-9, abs=1e-12)
+
+
+def test_weights_that_are_not_finite():
+    model = pooled(nn.Conv2d(2, 3, 3, padding=1))
+    with torch.no_grad():
+        model[0].weight[0, 0, 0, 0] = math.nan
+    monitor = trained(model, [(2, 6, 6), (2, 8, 8)])
+    for row in monitor.history.rows:
+        if row["layer"] == "0":
+            assert "weight is not finite" in row["status"]
+            assert math.isnan(row["sigma"])
+
+
+def test_outputs_beyond_the_reach_of_a_transposed_kernel():
+    model = pooled(nn.ConvTranspose2d(2, 3, 3, dilation=2, output_padding=1))
+    monitor = trained(model, [(2, 5, 5)])
+    row = monitor.history.rows[0]
+    assert row["status"] == "ok"
+    model[0].load_state_dict(model[0].state_dict())
+    assert math.exp(row["z"] + row["dz"]) >= largest(model[0], 2, 5, 5) * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("way", ["first", "no-grad"])
+def test_frozen_convolutions(way):
+    """A frozen body is read from the first images too, also where it runs without gradients."""
+    torch.manual_seed(2)
+    body = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ReLU()).double().requires_grad_(False)
+    head = pooled(nn.Conv2d(3, 3, 3, padding=1))
+    model = nn.Sequential(body, head)
+    optim = torch.optim.SGD(head.parameters(), lr=LR)
+    with LipschitzMonitor(model, optim, conv="operator") as monitor:
+        for step in range(2):
+            x, y = images((2, 6, 6), step)
+            optim.zero_grad()
+            with torch.set_grad_enabled(way == "first"):
+                hidden = body(x)
+            nn.functional.cross_entropy(head(hidden), y).backward()
+            optim.step()
+    rows = [row for row in monitor.history.rows if row["layer"] == "0.0"]
+    assert [row["status"] for row in rows] == ["frozen"] * 2
+    norm = ConvolutionOperator.of(body[0], 6).bounds().uppers["torus"]
+    assert [row["sigma"] for row in rows] == pytest.approx([norm] * 2)
+    assert all(math.isfinite(row["z"]) for row in monitor.history.rows)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_circular_convolutions_of_several_sizes(stride):
+    """Exact while there is one size; with more of them, a bound for all."""
+    model = pooled(nn.Conv2d(2, 3, 3, padding=1, stride=stride, padding_mode="circular"))
+    sizes, norms = [8, 6, 8, 6], []
+    optim = torch.optim.SGD(model.parameters(), lr=LR)
+    with LipschitzMonitor(model, optim, conv="operator") as monitor:
+        for step, size in enumerate(sizes):
+            norms.append(largest(model[0], 2, size, size))
+            x, y = images((2, size, size), step)
+            optim.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optim.step()
+    sigmas = [row["sigma"] for row in monitor.history.rows if row["layer"] == "0"]
+    assert sigmas[0] == pytest.approx(norms[0], rel=1e-12)
+    assert all(norm <= sigma * (1 + 1e-12) for norm, sigma in zip(norms, sigmas, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"stride": 2, "padding": 1}, {"padding": 1}),
+        ({"stride": 3}, {"padding": 1}),
+        ({"padding": 1}, {"stride": 3}),
+        ({"padding": 1}, {"padding": 1, "padding_mode": "replicate"}),
+        ({"padding": 1, "padding_mode": "circular"}, {"padding": 1}),
+    ],
+)
+def test_one_kernel_in_two_operators(first, second):
+    """Of the same stride and dilation one torus bounds both; else the reshaped kernel is read, as the report says."""
+    one, other = nn.Conv2d(3, 3, 3, **first).double(), nn.Conv2d(3, 3, 3, **second).double()
+    other.weight = one.weight
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other, self.head = one, other, nn.Linear(6, 3).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.one(x).mean((2, 3)), self.other(x).mean((2, 3))], 1))
+
+    monitor = trained(Both(), [(3, 6, 6)] * 2)
+    (*_, last) = (row for row in monitor.history.rows if row["layer"] == "one")
+    assert last["status"] == "ok"
+    assert math.isfinite(last["kappa"])
+    same = first.get("stride", 1) == second.get("stride", 1)
+    assert ("both read as reshaped kernels" in str(monitor.report())) == (not same)
+    after = math.exp(last["z"] + last["dz"])
+    if same:
+        assert max(largest(one, 3, 6, 6), largest(other, 3, 6, 6)) <= after * (1 + 1e-12)
+    else:
+        assert after == pytest.approx(float(torch.linalg.matrix_norm(one.weight.detach().flatten(1), 2)), rel=1e-12)
+
+
+def test_a_rule_of_ones_own_for_a_convolution():
+    """What it makes of the kernel is its own business: its matrix is read as it is."""
+    from lipdyn_torch.convolution_rules import ConvRule
+    from lipdyn_torch.layers import _RULES, register_rule
+
+    class Halved(nn.Conv2d):
+        pass
+
+    class HalvedRule(ConvRule):
+        def effective(self, module, part, tensors):
+            return 0.5 * self.matrices(module, part, tensors)
+
+    register_rule(Halved, HalvedRule())
+    try:
+        model = pooled(Halved(2, 3, 3, padding=1))
+        expected = 0.5 * float(torch.linalg.matrix_norm(model[0].weight.detach().flatten(1), 2))
+        assert trained(model, [(2, 6, 6)]).history.rows[0]["sigma"] == pytest.approx(expected)
+    finally:
+        del _RULES[Halved]
+
+
+def test_another_default_device():
+    """What is computed for the geometry stays on the CPU."""
+    A = ConvolutionOperator(torch.ones(1, 1, 3, 3), 8, padding=1, padding_mode="replicate")
+    expected = A.bounds().uppers["torus"]
+    with torch.device("meta"):
+        assert A.bounds().uppers["torus"] == expected
+        assert ConvolutionOperator.like(nn.Conv2d(2, 2, 3), 8).torus == [8, 8]
