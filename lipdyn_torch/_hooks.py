@@ -383,7 +383,7 @@ class _ForwardHook:
         if output is None or _is_symbolic(output):
             return
         if not output.requires_grad:
-            if tap.unknown:
+            if tap.rule.sized:
                 self.introduce(module, args, kwargs)
             return
         if output.is_leaf:  # a parameter itself: a hook would stay on it

@@ -72,6 +72,8 @@ class LayerRule:
     parameter = "weight"
     #: Whether an `effective` of the rule's own depends on nothing but the tensors that it is given.
     pure = False
+    #: Whether the matrix is another one for inputs of another size, as `meet` notes them.
+    sized = False
     #: Why the matrix is not known yet; empty when it is.
     unknown = ""
 

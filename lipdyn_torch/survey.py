@@ -20,6 +20,7 @@ from lipdyn_torch.low_rank import LowRankSumRule
 __all__ = ["Entry", "Report", "Survey", "survey"]
 
 _FALLBACK = FallbackRule()
+OPERATOR = ", as an operator on images"
 
 
 class Entry(NamedTuple):
@@ -133,7 +134,7 @@ def _add_module(
             shape = " x ".join(map(str, watch.spectrum.matrices.shape[-2:]))
             count = len(watch.spectrum.matrices)
             detail = (f"{count} of " if count > 1 else "") + shape
-            detail += ", as an operator on images" if isinstance(rule, TorusRule) else ""
+            detail += OPERATOR if isinstance(rule, TorusRule) else ""
             detail += "" if watch.trained else ", frozen: sigma only"
         else:
             detail = f"shares its weight with {watch.name}: contributions added"
@@ -154,6 +155,10 @@ def _by_kernels(found: Survey, tap: Tap, watch: Watch) -> str:
         other.rule = other.rule.inner if isinstance(other.rule, TorusRule) else other.rule
     watch.rule = watch.rule.inner if isinstance(watch.rule, TorusRule) else watch.rule
     watch.refresh(anew=True)
+    found.entries = [
+        entry._replace(detail=entry.detail.replace(OPERATOR, "")) if entry.module == watch.name else entry
+        for entry in found.entries
+    ]
     return ", both read as reshaped kernels: they differ in stride, dilation or groups"
 
 
