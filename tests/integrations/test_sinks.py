@@ -189,6 +189,8 @@ def read_wandb(file: Path) -> list:
             at += room
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):  # it is being written
+            break
         pending += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # a whole record, or the last piece of one
