@@ -323,15 +323,17 @@ def cluster_values(spectrum: Spectrum, steps: Tensor, size: float) -> list[float
     [2.1, 2.1, 2.1]
     """
     upper, lower = spectrum.sigma - REACH[0] * size, max(0.0, spectrum.sigma - REACH[1] * size)
-    if upper <= 0 or (spectrum.norms is not None and int((spectrum.norms > upper).sum()) > MOST):
+    if upper <= 0:
         return None
     matrices = spectrum.matrices
+    if spectrum.norms is not None:
+        near = spectrum.norms > upper
+        matrices, steps = matrices[near], steps[near]
+        if len(matrices) > MOST:
+            return None
     if spectrum.triplet is not None and len(spectrum.matrices) == 1:
         sources, counts = [spectrum.triplet], [1]
     else:
-        if spectrum.norms is not None:
-            near = spectrum.norms > upper
-            matrices, steps = spectrum.matrices[near], steps[near]
         sources = [_array(_double(matrix)) for matrix in matrices]
         counts = (_singular_values(matrices) > upper).sum(-1).tolist()
     if sum(counts) > MOST:

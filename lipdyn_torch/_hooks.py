@@ -156,7 +156,7 @@ class Watch:
     def refresh(self, anew: bool = False) -> bool:
         """Read the spectrum again if the weight is not bitwise the one it was read from, or `anew`; True if so."""
         same = not anew and all(_bitwise_equal(whole(p), x) for p, x in zip(self.parameters, self.values, strict=True))
-        if same and not (self._plain or self.rule.pure):  # it may read more than the parameters
+        if same and not (self._plain or self.rule.sized):  # it may read more than the parameters
             known = self.spectrum.matrices
             same = _bitwise_equal(self._matrices([whole(p) for p in self.parameters]), known)
         if not same:

@@ -258,7 +258,8 @@ class ConvolutionOperator:
             "frequencies": spread * self._frequency_bound(grid),
         }
         if torus:
-            uppers["torus"] = spread * _torus_norm(self._grouped, self.torus, self.stride, self.dilation)
+            on = self.torus, self.stride, self.dilation
+            uppers["torus"] = self.norm if self.exact else spread * _torus_norm(self._grouped, *on)
         uppers = {name: bound * (1 + _SAFETY) for name, bound in sorted(uppers.items(), key=lambda pair: pair[1])}
         return NormBounds(self.norm * (1 - _SAFETY), min(uppers.values()), uppers)
 

@@ -144,7 +144,7 @@ class TorusRule(LayerRule):
     The matrices are linear in the kernel: each is the reshaped kernel times a matrix E of phases.
     """
 
-    pure = sized = True
+    sized = True
 
     @classmethod
     def of(cls, rule: LayerRule, module: Any) -> LayerRule:

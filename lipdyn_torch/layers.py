@@ -70,9 +70,7 @@ class LayerRule:
     label = "monitored"
     #: The parameter that is the matrix.
     parameter = "weight"
-    #: Whether an `effective` of the rule's own depends on nothing but the tensors that it is given.
-    pure = False
-    #: Whether the matrix is another one for inputs of another size, as `meet` notes them.
+    #: Whether the matrix depends on the sizes of inputs, as `meet` notes them, and on parameters alone beside.
     sized = False
     #: Why the matrix is not known yet; empty when it is.
     unknown = ""

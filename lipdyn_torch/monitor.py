@@ -277,7 +277,6 @@ class LipschitzMonitor:
         self._clock: float | None = None
         self._pending: list[Measurement] | None = None
         self._inside = False  # of a step that calls a closure
-        self._owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._cleared = 0  # how often gradients went since the last step
         self._heard = False  # the hooks have seen a backward pass
         # of each step that was not made: whether it overflowed; its samples
@@ -306,7 +305,8 @@ class LipschitzMonitor:
         for watch in self._watches:
             self._handles += listen(watch, self._switch)
         watched = {id(p) for watch in self._watches for p in watch.parameters}
-        others = {id(p): p for group in optimizer.param_groups for p in group["params"] if id(p) not in watched}
+        self._owned = watched | {id(p) for p in self._parameters()}  # or will be, once they are trained
+        others = {id(p): p for p in self._parameters() if id(p) not in watched}
         self._handles += overhear(others.values(), self._switch)
         self._heard_of = watched | {id(p) for p in others.values() if p.requires_grad}
         self._handles.append(optimizer.register_step_pre_hook(self._before_step))
@@ -561,7 +561,7 @@ class LipschitzMonitor:
 
     def _skipped(self, batch: int) -> list[Measurement]:
         """The layers in a step that was not made."""
-        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+        groups = self._groups()
         rates = [rate_of(watch, self._optimizer, groups) for watch in self._watches]
         layers = [Caught(w, lr, batch, not w.trained) for w, lr in zip(self._watches, rates, strict=True)]
         for layer in layers:
@@ -603,11 +603,10 @@ class LipschitzMonitor:
                 "close the monitor and attach a new one"
             )
         self._check_alive()
-        groups = {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
-        watched = {id(p) for watch in self._watches for p in watch.parameters}
-        added = [p for p in self._parameters() if id(p) not in self._owned | watched and p.ndim > 1]
+        groups = self._groups()
+        added = [p for p in self._parameters() if id(p) not in self._owned]
         self._owned |= groups.keys()
-        if added:
+        if any(p.ndim > 1 for p in added):
             warnings.warn(ADDED, stacklevel=2)
         joint = active(self._group)
         noted = {watch.name: watch.rule.noted() for watch in self._watches}
@@ -662,7 +661,10 @@ class LipschitzMonitor:
             self._switch.on = True
         return {id(self._model.get_parameter(name)): g for name, g in gradients.items()}
 
-    def _parameters(self) -> list[torch.Tensor]:
+    def _groups(self) -> dict[int, dict[str, Any]]:
+        return {id(p): group for group in self._optimizer.param_groups for p in group["params"]}
+
+    def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
     def _check_alive(self) -> None:

@@ -94,7 +94,7 @@ def survey(
         if rule is None or reason is not None:
             found.entries.append(Entry(_row_name(path, module), type(module).__name__, "skipped", reason or "no rule"))
             continue
-        if operators and rule is not None:
+        if operators:
             rule = TorusRule.of(rule, module)
         covered |= {id(child) for cover in rule.covers(module) for child in cover.modules()}
         # images have the samples first, and rules of the user's own and attention say themselves where they are
@@ -151,9 +151,10 @@ def _by_kernels(found: Survey, tap: Tap, watch: Watch) -> str:
     """Have the reshaped kernel read where one is in two places that make different operators of it."""
     if not any(isinstance(rule, TorusRule) for rule in (tap.rule, watch.rule)):
         return ""
-    for other in (tap, *(other for other in found.taps if any(fed is watch for fed, _ in other.feeds))):
-        other.rule = other.rule.inner if isinstance(other.rule, TorusRule) else other.rule
-    watch.rule = watch.rule.inner if isinstance(watch.rule, TorusRule) else watch.rule
+    feeding = [other for other in found.taps if any(fed is watch for fed, _ in other.feeds)]
+    holders: list[Watch | Tap] = [watch, tap, *feeding]
+    for holder in holders:
+        holder.rule = holder.rule.inner if isinstance(holder.rule, TorusRule) else holder.rule
     watch.refresh(anew=True)
     found.entries = [
         entry._replace(detail=entry.detail.replace(OPERATOR, "")) if entry.module == watch.name else entry

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from specpert._arrays import ldexp
 from specpert.derivative import sigma_derivative
 from specpert.series import ClusterSeries, sigma_series
 
@@ -375,11 +376,11 @@ class _Scale(NamedTuple):
 
     def times(self, x: Any) -> Any:
         """X times it."""
-        return _shifted(_double(np.asarray(x)) * self.m, self.e)
+        return ldexp(_double(np.asarray(x)) * self.m, np.asarray(float(self.e)), np)
 
     def under(self, x: Any) -> Any:
         """X over it."""
-        return _shifted(_double(np.asarray(x)) / self.m, -self.e)
+        return ldexp(_double(np.asarray(x)) / self.m, np.asarray(-float(self.e)), np)
 
 
 class _Comparison:
@@ -739,11 +740,6 @@ def _matrices(A: Any, coefficients: Any) -> list[tuple[tuple[int, ...], Any, lis
     lead = np.broadcast_shapes(*(X.shape[:-2] for X in arrays))
     arrays = [np.broadcast_to(X, (*lead, *X.shape[-2:])) for X in arrays]
     return [(i, arrays[0][i], [X[i] for X in arrays[1:]]) for i in np.ndindex(*lead)]
-
-
-def _shifted(x: np.ndarray, e: int) -> np.ndarray:
-    """X 2^e."""
-    return np.ldexp(x.real, e) + 1j * np.ldexp(x.imag, e) if np.iscomplexobj(x) else np.ldexp(x, e)
 
 
 def _double(x: np.ndarray) -> np.ndarray:

@@ -108,29 +108,27 @@ def resolvent(U, s, Vh, k, f, g, along, x, y):  # type: ignore[no-untyped-def]
         for b in range(n):
             y[b] += np.conj(Vh[i, b]) * yi
     if m > r:
-        rest = f.copy()
-        if careful:
-            for _ in range(2):
-                for i in range(r):
-                    al = f[0] * 0
-                    for a in range(m):
-                        al += np.conj(U[a, i]) * rest[a]
-                    for a in range(m):
-                        rest[a] -= U[a, i] * al
+        rest = outside(np.conj(U.T), f) if careful else f
         for a in range(m):
             x[a] += rest[a] / e
     if n > r:
-        rest = g.copy()
-        if careful:
-            for _ in range(2):
-                for i in range(r):
-                    be = f[0] * 0
-                    for b in range(n):
-                        be += Vh[i, b] * rest[b]
-                    for b in range(n):
-                        rest[b] -= np.conj(Vh[i, b]) * be
+        rest = outside(Vh, g) if careful else g
         for b in range(n):
             y[b] += rest[b] / e
+
+
+@njit
+def outside(rows, f):  # type: ignore[no-untyped-def]
+    """What is left of f without the span of the adjoints of orthonormal rows, which are taken off twice."""
+    rest = f.copy()
+    for _ in range(2):
+        for i in range(rows.shape[0]):
+            part = f[0] * 0
+            for a in range(len(rest)):
+                part += rows[i, a] * rest[a]
+            for a in range(len(rest)):
+                rest[a] -= np.conj(rows[i, a]) * part
+    return rest
 
 
 def add_product(A: np.ndarray, x: np.ndarray, out: np.ndarray) -> None:
