@@ -136,16 +136,11 @@ class ConvolutionOperator:
         self.stride = _sizes(stride, dims, "stride", 1)
         self.dilation = _sizes(dilation, dims, "dilation", 1)
         reach = [d * (k - 1) for d, k in zip(self.dilation, kernel.shape[2:], strict=True)]
-        if padding == "same":
-            if any(s != 1 for s in self.stride):
-                raise ValueError(f"expected stride 1 with padding='same', got {self.stride}")
-            self.padding = [(r // 2, r - r // 2) for r in reach]
-        elif padding == "valid":
-            self.padding = [(0, 0)] * dims
-        elif isinstance(padding, str):
+        if padding == "same" and any(s != 1 for s in self.stride):
+            raise ValueError(f"expected stride 1 with padding='same', got {self.stride}")
+        if isinstance(padding, str) and padding not in ("same", "valid"):
             raise ValueError(f"expected padding 'same', 'valid' or a number, got {padding!r}")
-        else:
-            self.padding = [(p, p) for p in _sizes(padding, dims, "padding", 0)]
+        self.padding = sides(padding if isinstance(padding, str) else _sizes(padding, dims, "padding", 0), reach)
         most = {"reflect": [n - 1 for n in self.size], "circular": self.size}.get(padding_mode)
         if most is not None and any(max(p) > limit for p, limit in zip(self.padding, most, strict=True)):
             raise ValueError(f"expected padding of at most {most} for {padding_mode!r} padding, got {self.padding}")
@@ -206,9 +201,7 @@ class ConvolutionOperator:
         return found
 
     def _applied(self, kernel: Tensor, x: Tensor) -> Tensor:
-        if any(before or behind for before, behind in self.padding):
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = functional.pad(x, list(itertools.chain.from_iterable(reversed(self.padding))), mode=mode)
+        x = padded(x, self.padding, self.padding_mode)
         return _CONV[len(self.size)](x, kernel, None, self.stride, 0, self.dilation, self.groups)
 
     # --- norms ---
@@ -330,7 +323,7 @@ class ConvolutionOperator:
         most = 1
         for n, padding in zip(self.size, self.padding, strict=True):
             pixels = torch.arange(n, dtype=torch.float64, device="cpu")[None, None]
-            shown = functional.pad(pixels, padding, mode=self.padding_mode).flatten().tolist()
+            shown = padded(pixels, [padding], self.padding_mode).flatten().tolist()
             most *= max(Counter(shown).values())
         return math.sqrt(most)
 
@@ -469,6 +462,21 @@ class ConvolutionOperator:
             if bool(((other.coefficients / first.coefficients[0] - c).abs().cpu() > allowed).any()):
                 raise _tied(1 + len(others))
         return first
+
+
+def sides(padding: str | Sequence[int], reach: Sequence[int]) -> list[tuple[int, int]]:
+    """Pixels added before and behind each axis for a kernel that reaches so far, as torch does it."""
+    if padding == "valid":
+        return [(0, 0)] * len(reach)
+    if padding == "same":
+        return [(r // 2, r - r // 2) for r in reach]
+    return [(int(p), int(p)) for p in padding]
+
+
+def padded(x: Tensor, padding: Sequence[tuple[int, int]], mode: str) -> Tensor:
+    """Images with so many pixels more; a convolution then has no padding."""
+    width = [p for both in reversed(padding) for p in both]  # F.pad wants the last axis first
+    return functional.pad(x, width, mode="constant" if mode == "zeros" else mode) if any(width) else x
 
 
 def _options(module: nn.modules.conv._ConvNd) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lipdyn_torch._bridge import as_given, as_real
-from lipdyn_torch.convolution import ConvolutionOperator, blocks, overlaps, phases
+from lipdyn_torch.convolution import ConvolutionOperator, blocks, overlaps, padded, phases, sides
 from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule, together
 
 __all__ = ["ConvRule", "ConvTransposeRule", "TorusRule"]
@@ -273,19 +272,12 @@ def _group(module: Any, a: Tensor, group: int) -> Tensor:
 
 def _padding(module: Any) -> list[tuple[int, int]]:
     """Pixels added before and after, axis by axis."""
-    if module.padding == "valid":
-        return [(0, 0)] * len(module.kernel_size)
-    if module.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
-    return [(int(p), int(p)) for p in module.padding]
+    return sides(module.padding, [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)])
 
 
 def _padded(module: Any, x: Tensor) -> Tensor:
-    """The picture as the kernel sees it, padded; the convolution then has no padding."""
-    width = [p for both in reversed(_padding(module)) for p in both]  # F.pad wants the last axis first
-    mode = getattr(module, "padding_mode", "zeros")
-    return functional.pad(x, width, mode="constant" if mode == "zeros" else mode) if any(width) else x
+    """The picture as the kernel sees it."""
+    return padded(x, _padding(module), getattr(module, "padding_mode", "zeros"))
 
 
 def _taps(module: Any, size: torch.Size, out: torch.Size) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
