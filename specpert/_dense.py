@@ -163,7 +163,8 @@ def _by_gram(
         u = X[:, :c]
     else:
         starts = _starts(v0, A.shape[1], gram, dtype, wide, rtol)
-        w, u, solve = isolated_top(gram, starts, rtol)
+        gap = v0._relative_gap if isinstance(v0, SingularTriplet) else 1.0
+        w, u, solve = isolated_top(gram, starts, rtol, gap)
         gram = solve.gram
     return of_gram(A.shape, gram, w, u, X[:, c:] if solve is None else solve, cluster, e, gap_tol, like, xp, real)
 

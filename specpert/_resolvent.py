@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from specpert._arrays import Array, Namespace, Portable, adjoint, from_host, namespace, square
-from specpert._solvers import Solver
+from specpert._solvers import CholeskySolver, Solver
 
 Resolvent = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -125,7 +125,8 @@ class SmallSideResolvent:
         if self.matrix is None:
             raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
         A, u, v, sigma = self.matrix, self.u, self.v, float(self.sigma[0])
-        S = self.solve.rough(np.eye(len(u), dtype=u.dtype) - u @ u.conj().T)
+        solve = self.solve.accurate() if isinstance(self.solve, CholeskySolver) else self.solve
+        S = solve.rough(np.eye(len(u), dtype=u.dtype) - u @ u.conj().T)
         S = S - u @ (u.conj().T @ S)
         C = S.astype(np.result_type(A, np.complex64) if np.iscomplexobj(S) else A.dtype, copy=False) @ A
         uu, vv = square(u[:, 0], np), square(v[:, 0], np)

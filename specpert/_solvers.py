@@ -68,7 +68,7 @@ class CholeskySolver:
     """On the complement of vectors a (r, c) of values w (c,): M = theta I + a diag(w) a^* - K = L L^*.
 
     One vector has the value theta. Where K is less precise than the products `gram`, solutions are refined by these;
-    `rtol` is the accuracy asked of what the factor alone can do.
+    `rtol` is the accuracy asked of forms, and `doubt` the error in units of it that the factor alone may leave.
 
     Raises numpy.linalg.LinAlgError unless M is positive definite; K then has at most c eigenvalues above theta.
     """
@@ -83,6 +83,7 @@ class CholeskySolver:
         w: np.ndarray | None = None,
     ) -> None:
         self.K, self.a, self.theta, self.gram, self.dtype, self.rtol, self.w = K, a, theta, gram, K.dtype, rtol, w
+        self.doubt = 0.0
         factorise = self._routines()
         low = a.astype(K.dtype)
         M = low @ (self.values * low.conj().T).astype(K.dtype)
@@ -145,6 +146,13 @@ class CholeskySolver:
         size = float(np.max(np.abs(b))) or 1.0  # small numbers have no place in single precision
         return np.multiply(self._solved((b / size).astype(self.L.dtype)), size, dtype=b.dtype)
 
+    def accurate(self) -> CholeskySolver:
+        """One whose rough solutions are as accurate as asked of forms."""
+        if self.doubt <= 1.0:
+            return self
+        gram = self.gram.at(self.a.dtype)
+        return CholeskySolver(gram.matrix(), self.a, self.theta, gram, self.rtol, self.w)
+
     def _solved(self, b: np.ndarray) -> np.ndarray:
         """The solution by the factor in its own precision."""
         if b.shape[1] > 1:
@@ -155,13 +163,35 @@ class CholeskySolver:
         return np.asarray(x)[:, None]
 
     def form(self, b: np.ndarray) -> np.ndarray:
-        """||L^-1 b||^2 of each column: half the work of a solution; b may be overwritten."""
+        """||L^-1 b||^2 of each column: half the work of a solution; b may be overwritten.
+
+        Where that may not be accurate enough it is corrected. If it nearly is for sure, a combination of the columns
+        can show that it is.
+        """
         if np.iscomplexobj(b) and not np.iscomplexobj(self.L):
             return self.form(b.real.copy("F")) + self.form(b.imag.copy("F"))
         if b.size == 0:
             return np.zeros(b.shape[1])
-        half = self._halve(1.0, self.L, b.astype(self.L.dtype, copy=False), lower=True, overwrite_b=True)
-        return np.asarray(np.einsum("ij,ij->j", half, half.conj()).real)
+        right = b.astype(self.L.dtype, order="F", copy=self.doubt > 1.0)
+        half = self._halve(1.0, self.L, right, lower=True, overwrite_b=True)
+        found = _inner(half, half)[0]
+        if self.doubt <= 1.0:
+            return found
+        if self.doubt <= 2.0:
+            signs = np.random.default_rng(0).choice([-1.0, 1.0], len(found))
+            combined = (signs / np.sqrt(np.where(found > 0, found, 1.0))).astype(found.dtype)[:, None]
+            probe = half @ combined
+            truth = float(self._corrected(b @ combined, probe)[0])
+            if abs(float(_inner(probe, probe)[0, 0]) - truth) <= self.rtol / 8 * truth:
+                return found
+        return self._corrected(b, half)
+
+    def _corrected(self, b: np.ndarray, half: np.ndarray) -> np.ndarray:
+        """2 Re(b^* x) - x^* M x with the rough solution x, whose relative error it squares; half is L^-1 b."""
+        x = self._halve(1.0, self.L, half, lower=True, trans_a=2).astype(self.a.dtype, copy=False)
+        along, image = self.a.conj().T @ x, self.gram.apply_adjoint(x)
+        known = self.theta * _inner(x, x) + np.sum(self.values * square(along, np), axis=0)
+        return np.asarray((2 * _inner(b, x) - known + _inner(image, image))[0])
 
 
 class ClusterSolver:

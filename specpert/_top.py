@@ -14,9 +14,10 @@ import numpy as np
 from specpert._solvers import CholeskySolver, Gram, Product, Solver
 from specpert.result import ConvergenceError
 
-# Relative error of a resolvent made in single precision, in units of eps theta / (theta - w_2): three quarters of it
-# were measured for matrices with a large mean, a tenth is usual.
-SINGLE_ERROR = 2.0
+# Relative error of forms by a factor in single precision, in units of eps theta / (theta - w_2): nine tenths of it were
+# measured for matrices close to a diagonal one, a fiftieth is usual.
+SINGLE_ERROR = 4.0
+MIXED = 2.0  # how far such a factor may mix close values, in units of eps theta
 SINGLE_FROM = 1e-6  # the least relative accuracy for which single precision is thought of at all
 NOISE = 8 * float(np.finfo(float).eps)  # what products with K leave of an eigenvalue zero, relative to the largest
 #: Makes a start vector (r, 1) from K.
@@ -27,19 +28,21 @@ class _TooCloseError(Exception):
     """The top value is too close to the next one for the precision at hand."""
 
 
-def isolated_top(gram: Gram, starts: Sequence[Start], rtol: float) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
+def isolated_top(
+    gram: Gram, starts: Sequence[Start], rtol: float, gap: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, CholeskySolver]:
     """The largest eigenvalue of K and (an upper estimate of) the next one, the vector (r, 1), and its solver.
 
     From the first of the starts that is near enough, or from Lanczos: a Cholesky factorisation that succeeds proves
     that no second eigenvalue is above the Rayleigh quotient, and its inverse then polishes the vector. Where none is
-    good enough, from the two eigenvectors themselves. Where `rtol`, the accuracy asked of `Solver.rough`, and the gap
-    allow it, the factor is in single precision; values and vector never are. Raises numpy.linalg.LinAlgError where K
-    cannot tell the values apart.
+    good enough, from the two eigenvectors themselves. Where `rtol`, the accuracy asked of `Solver.form`, and the gap
+    allow it, the factor is in single precision; values and vector never are. `gap`, relative to the value, is that of
+    the root of theta for a matrix nearby. Raises numpy.linalg.LinAlgError where K cannot tell the values apart.
     """
     full = np.result_type(gram.B, np.float64)
     single = np.dtype(np.complex64 if np.issubdtype(full, np.complexfloating) else np.float32)
     product: Product = gram
-    for dtype in (single, full) if rtol >= SINGLE_FROM else (full,):
+    for dtype in (single, full) if rtol >= SINGLE_FROM and not _too_close(single, 1.6 * gap, rtol) else (full,):
         low = gram.at(dtype)
         K = low.matrix()
         if dtype == full:
@@ -54,6 +57,14 @@ def isolated_top(gram: Gram, starts: Sequence[Start], rtol: float) -> tuple[np.n
     w, X = top_two(K)
     u = X[:, 1:]
     return w[::-1], u, CholeskySolver(K, u, float(w[1]), gram)
+
+
+def _too_close(dtype: Any, gap: float, rtol: float) -> bool:
+    """Whether a factor cannot be that precise, with this relative gap of theta.
+
+    The correction of forms squares their error; the isolation distance has no correction.
+    """
+    return MIXED * float(np.finfo(dtype).eps) > min(3 * rtol, rtol**0.5 / 8) * gap
 
 
 def improved(K: np.ndarray, known: CholeskySolver, gap: float, rtol: float) -> np.ndarray:
@@ -102,8 +113,11 @@ def _polished(
         second += theta * drift**2
     if theta - second <= 10 * error:  # so close that the estimate would decide whether it is a tie
         raise np.linalg.LinAlgError("the next value is not known well enough")
-    if not solver.precise and rtol * (theta - second) < SINGLE_ERROR * float(np.finfo(K.dtype).eps) * theta:
-        raise _TooCloseError
+    if not solver.precise:
+        gap = (theta - second) / theta
+        solver.doubt = SINGLE_ERROR * float(np.finfo(K.dtype).eps) / (rtol * gap)
+        if _too_close(K.dtype, gap, rtol):
+            raise _TooCloseError
     solver.a, solver.theta = u, theta
     return np.array([theta, second]), u, solver
 
@@ -166,7 +180,7 @@ def next_value(
         x = better / size
     value, residual = _rayleigh(product, x)
     slack = (tol * value + rounding * (theta - value)) * (theta - value) / theta
-    mixed = 0.0 if solver.precise else SINGLE_ERROR * float(np.finfo(solver.L.dtype).eps) * theta
+    mixed = 0.0 if solver.precise else MIXED * float(np.finfo(solver.L.dtype).eps) * theta
     if value < theta / 2 and not solver.precise:  # the inverse has no advantage, and its factor errors of eps theta
         tol, rounding = 1e-8, 16 * float(np.finfo(u.dtype).eps)
         x = outside(largest(lambda x: outside(product(x)), x, tol, rounding * theta))

@@ -21,6 +21,7 @@ from specpert import (
     singular_triplet,
 )
 from specpert._solvers import ClusterSolver, EigenSolver
+from specpert._top import SINGLE_ERROR
 
 
 def random(shape, complex_=False, seed=0):
@@ -61,7 +62,7 @@ def test_it_is_the_cluster_of_the_svd(monkeypatch, shape, complex_, rtol, scale,
         np.testing.assert_allclose(series.mean, truth.mean, rtol=0, atol=exact_to * np.abs(truth.mean).max())
         solver = cluster._small_side and cluster._small_side.solve
         # single precision only where the cluster's own gap allows it
-        single = rtol * (s[c - 1] ** 2 - s[c] ** 2) > 2 * np.finfo(np.float32).eps * s[0] ** 2
+        single = rtol * (s[c - 1] ** 2 - s[c] ** 2) > SINGLE_ERROR * np.finfo(np.float32).eps * s[0] ** 2
         assert isinstance(solver, ClusterSolver) == (min(shape) >= 256 and (single if rtol else refine_from == 0))
 
 
