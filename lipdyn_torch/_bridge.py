@@ -258,7 +258,7 @@ def _norms(matrices: Tensor, known: Spectrum | None = None, rank: int = 2) -> tu
     order = bounds.argsort(descending=True)
     for start in range(0, len(order), CHUNK):
         chunk = order[start : start + CHUNK]
-        if start >= rank and float(bounds[chunk[0]]) < float(exact.topk(rank).values[-1]):
+        if start >= rank and float(bounds[chunk[0]]) <= float(exact.topk(rank).values[-1]):
             break
         # for a positive rtol by the small Gram matrices, which give the largest value to rounding
         exact[chunk] = _tensor(specpert.spectral_norm(_array(matrices[chunk]), rtol=ROUNDING)).to(bounds)

@@ -85,6 +85,8 @@ class Measurement:
         size = size if size < math.inf else _NAN
         if size == size:
             out["eps"] = 2.0 * size / before.gap if before.gap > 0 else (math.inf if size > 0 else 0.0)
+        if after is None and size == 0.0:
+            after = before
         if after is None:  # while eps < 1 the largest value stays the largest
             near = before.triplet is not None and out["eps"] < 1.0
             after = follow_spectrum(matrices, before) if near else read_spectrum(matrices, before)

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from lipdyn_torch.errors import LipdynError, in_words
 from lipdyn_torch.integrations._extras import need
@@ -71,7 +71,7 @@ class History:
     rows : iterable of dict
     meta : dict
         How the rows were made: ``noise``, ``conv``, ``sampling``, ``dataset_size``, ``every``, ``optimizer``,
-        ``layers``, ``skipped``.
+        ``layers``, ``shapes``, ``skipped``, ``reference``.
 
     Examples
     --------
@@ -172,7 +172,8 @@ class JsonLinesSink:
     r"""Writes rows as strict JSON, one a line, the first line holding `History.meta`; NaN and infinities become null.
 
     Every step reaches the operating system as a single write, so a crash of the process loses at most the step
-    being written.
+    being written; of a step that cannot be written whole, on a full disk say, nothing stays. The file is locked: no
+    other process can write it meanwhile (on POSIX systems).
 
     Parameters
     ----------
@@ -193,7 +194,7 @@ class JsonLinesSink:
     FileExistsError
         The file exists and ``resume`` is off.
     OSError
-        The file cannot be written.
+        The file cannot be written, or another sink is writing it.
     ResumeError
         The file cannot be continued: damaged before its end, or (with the first rows) of another model.
 
@@ -213,9 +214,10 @@ class JsonLinesSink:
         self.set_aside: list[Path] = []
         self._meta: dict[str, Any] | None = None
         self._resumed = resume and self.path.exists()
-        whole = _whole_steps(self.path) if self._resumed else 0
         try:
-            self._file = self.path.open("ab" if self._resumed else "xb", buffering=0)
+            if not self._resumed:
+                self.path.open("xb").close()
+            self._file = self.path.open("ab", buffering=0)
         except FileExistsError as error:
             message = (
                 f"expected a new file, got {self.path}, which exists; continue it with resume=True or name another"
@@ -224,8 +226,14 @@ class JsonLinesSink:
         except OSError as error:
             message = f"expected a file that can be written, got {self.path} ({error.strerror}); make its folder first"
             raise in_words(error, message) from error
-        if self._resumed and (torn := self._cut(whole)):
-            _LOG.warning("%s: the last step was cut short; what there was of it is kept in %s", self.path, torn)
+        try:
+            _lock(self._file, self.path)
+            self._found = _Found(self.path)
+            if torn := self._cut(self._found.whole):
+                _LOG.warning("%s: the last step was cut short; what there was of it is kept in %s", self.path, torn)
+        except BaseException:
+            self.close()
+            raise
 
     def start(self, meta: dict[str, Any]) -> None:
         """Write the line that says how the rows are made; on resuming, check that they are made likewise."""
@@ -238,7 +246,7 @@ class JsonLinesSink:
             self._put([{"meta": meta}])
             return
         try:
-            check_same_run(read_history(self.path).meta, self._meta or {}, str(self.path))
+            check_same_run(self._found.meta(), self._meta or {}, str(self.path))
         except ResumeError:
             self.close()
             raise
@@ -248,10 +256,10 @@ class JsonLinesSink:
         if self._resumed and rows:
             self._resumed = False
             step = rows[0]["step"]
-            if repeated := self._cut(_offset_of_step(self.path, step)):
+            if repeated := self._cut(end := self._found.before(step)):
                 message = "%s: this run begins at step %d; what an earlier run wrote from that step on is kept in %s"
                 _LOG.warning(message, self.path, step, repeated)
-            if self._meta is not None and self._meta != read_history(self.path).meta:
+            if self._meta is not None and self._meta != self._found.meta(end):
                 self._put([{"meta": self._meta}])
         self._put(rows)
 
@@ -262,8 +270,13 @@ class JsonLinesSink:
     def _put(self, rows: Sequence[Row]) -> None:
         lines = [json.dumps(json_ready(row), allow_nan=False) for row in rows]
         data = memoryview("".join(line + "\n" for line in lines).encode())
-        while data:  # an unbuffered file may take less than it is given
-            data = data[self._file.write(data) :]
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            while data:  # an unbuffered file may take less than it is given
+                data = data[self._file.write(data) :]
+        except BaseException:
+            self._file.truncate(end)  # what comes later must not follow half a line
+            raise
 
     def _cut(self, size: int) -> Path | None:
         """Shorten the file to ``size`` bytes; the rest, if any, is safe in the side file that is returned."""
@@ -283,7 +296,7 @@ class JsonLinesSink:
 
 
 def read_history(path: str | os.PathLike[str]) -> History:
-    r"""Read what `JsonLinesSink` wrote; a last line torn by a crash is left out.
+    r"""Read what `JsonLinesSink` wrote; a last step torn by a crash, or not yet whole, is left out.
 
     Raises
     ------
@@ -297,38 +310,41 @@ def read_history(path: str | os.PathLike[str]) -> History:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder) / "history.jsonl"
-    ...     _ = path.write_text('{"step": 0, "layer": "fc", "mu": null}\n{"step": 0, "lay')
+    ...     _ = path.write_text('{"step": 0, "layer": "network", "mu": null}\n{"step": 1, "lay')
     ...     read_history(path).rows
-    [{'step': 0, 'layer': 'fc', 'mu': nan}]
+    [{'step': 0, 'layer': 'network', 'mu': nan}]
     """
-    history = History()
+    history, whole = History(), 0
     for _, record in _records(Path(path)):
         if "meta" in record:
             history.meta.update(record["meta"])
         else:
             history.rows.append({key: math.nan if value is None else value for key, value in record.items()})
+            whole = len(history.rows) if record["layer"] == NETWORK else whole
+    del history.rows[whole:]
     return history
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each whole line as ``(offset of its end, object)``; ends before a torn last line."""
     try:
-        lines = path.read_bytes().splitlines(keepends=True)
+        file = path.open("rb")
     except OSError as error:
         message = f"expected a history written by JsonLinesSink, got {path} ({error.strerror}); is it the right path?"
         raise in_words(error, message) from error
-    end = 0
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:  # also what is not UTF-8
-            record = None
-        if not (_is_record(record) and line.endswith(b"\n")):
-            if number == len(lines) and (number > 1 or _is_torn_head(line, record)):
-                return
-            raise ResumeError(_complaint(path, number, line, record))
-        end += len(line)
-        yield end, record
+    with file:
+        size, end = os.fstat(file.fileno()).st_size, 0
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError:  # also what is not UTF-8
+                record = None
+            end += len(line)
+            if not (_is_record(record) and line.endswith(b"\n")):
+                if end >= size and (number > 1 or _is_torn_head(line, record)):
+                    return
+                raise ResumeError(_complaint(path, number, line, record))
+            yield end, record
 
 
 def _is_record(value: Any) -> bool:
@@ -354,28 +370,62 @@ def _complaint(path: Path, number: int, line: bytes, record: Any) -> str:
     if isinstance(record, dict):
         got = f"{got} without the keys step and layer"
     return (
-        f"expected one JSON object per line in {path}, got {got} in line {number}; restore the file or delete that line"
+        f"expected one JSON object per line in {path}, got {got} in line {number}; restore the file or delete all lines "
+        "of that step"
     )
 
 
-def _whole_steps(path: Path) -> int:
-    """Where the last whole step ends: a step is written at once and closes with the network's row."""
-    return max((end for end, record in _records(path) if "meta" in record or record["layer"] == NETWORK), default=0)
+class _Found:
+    """Where steps and heads are in a file that is to be continued; offsets in bytes.
+
+    A step is written at once and closes with the network's row: ``whole`` is where the last whole one ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.whole, self._heads, self._begins = 0, [], []
+        self._heads: list[tuple[int, dict[str, Any]]]
+        self._begins: list[tuple[int, int]]  # of steps
+        before = 0
+        for end, record in _records(path):
+            if "meta" in record:
+                self._heads.append((end, record["meta"]))
+            elif not self._begins or self._begins[-1][0] != record["step"]:
+                self._begins.append((record["step"], before))
+            if "meta" in record or record["layer"] == NETWORK:
+                self.whole = end
+            before = end
+
+    def meta(self, end: float = math.inf) -> dict[str, Any]:
+        """`History.meta` of what lies before that."""
+        return dict(item for offset, head in self._heads if offset <= end for item in head.items())
+
+    def before(self, step: int) -> int:
+        """Where the first row of ``step`` or of a later one begins; the end of the last whole step if there is none."""
+        later = (offset for found, offset in self._begins if found >= step)
+        return min(next(later, self.whole), self.whole)
 
 
-def _offset_of_step(path: Path, step: int) -> int:
-    """Where the first row of ``step`` or of a later one begins; the end of the file if there is none."""
-    before = 0
-    for end, record in _records(path):
-        if "meta" not in record and record["step"] >= step:
-            return before
-        before = end
-    return before
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Keep other processes from writing the file, where the system can."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = (
+            f"expected a file that nobody else writes, got {path}, which another sink has open, perhaps that of a job "
+            "still running; close that one, or name another file"
+        )
+        raise in_words(error, message) from error
+    except OSError as error:  # some network file systems have no locks
+        _LOG.info("%s: not locked (%s)", path, error.strerror)
 
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
     """Rows may follow each other only where they mean the same."""
-    for key in ("layers", "shapes", "noise", "conv"):
+    for key in ("layers", "shapes", "noise", "conv", "reference"):
         if key in old and key in new and json_ready(old[key]) != json_ready(new[key]):
             raise ResumeError(
                 f"expected {what} to have {key} {new[key]!r} as this run, got {old[key]!r}; "

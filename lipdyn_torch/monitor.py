@@ -54,6 +54,7 @@ ADDED = (
     "expected the parameters the optimizer had when the monitor was attached, got more: they are not monitored; close "
     "the monitor and attach a new one"
 )
+NOT_TAKEN = "did not take the rows of a step, which monitor.history has; it is given the next ones"
 #: So many times in a row are gradients cleared without a step until somebody is told.
 UNSEEN = 100
 NO_STEPS = (
@@ -281,7 +282,6 @@ class LipschitzMonitor:
         self._heard = False  # the hooks have seen a backward pass
         # of each step that was not made: whether it overflowed; its samples
         self._lost: deque[tuple[bool, int]] = deque(maxlen=_FLAGS)
-        self._late: Exception | None = None  # of a sink, to be raised once the step is made
         self._switch = Switch(discard=self._discard, stale=self._stale)
         # What a preconditioner does to a sample is known at the step only; so is which calls share a weight.
         hold = self._split or isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | torch.optim.RMSprop)
@@ -295,7 +295,7 @@ class LipschitzMonitor:
                 **{"sampling": sampling, "dataset_size": dataset_size},
                 **{"layers": self.layers, "skipped": self.skipped},
                 **{"shapes": [list(watch.spectrum.matrices.shape) for watch in self._watches]},
-                **({} if reference is None else {"reference": getattr(reference, "kind", "full")}),
+                **{"reference": None if reference is None else getattr(reference, "kind", "full")},
             }
         )
         self._sinks = sinks
@@ -438,11 +438,9 @@ class LipschitzMonitor:
     @torch._disable_dynamo  # a compiled step calls the hooks as they are, like torch's own zero_grad
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Read gradients, learning rates and noise while the weights are still the old ones."""
-        if not _outermost(optimizer):
+        if not self._schedule.due(self._step) or not _outermost(optimizer):
             return None
         failed, self._pending, self._inside = self._pending, None, False
-        if not self._schedule.due(self._step):
-            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             # the last call may not have come to its end, and this one be made with the same gradients
@@ -483,10 +481,7 @@ class LipschitzMonitor:
         try:
             if pending is not None:
                 self._write(pending)
-            if self._late is not None:
-                raise self._late
-        finally:  # the step was made, even if a sink could not take its rows
-            self._late = None
+        finally:  # the step was made
             self._finish(due)
 
     def _stale(self) -> bool:
@@ -523,14 +518,12 @@ class LipschitzMonitor:
         rows.append(network_row(measurements))
         rows = [{"step": self._step, **row} for row in rows]
         self.history.extend(rows)
-        problems = []
         for sink in self._sinks:
             try:
                 sink.write(rows)
-            except Exception as error:  # the other sinks get their rows all the same
-                problems.append(error)
-        if problems:
-            raise problems[0]
+            except Exception as error:  # training goes on, whatever becomes of a record
+                kind = type(error).__name__
+                warnings.warn(f"{type(sink).__name__} {NOT_TAKEN} ({kind}: {error})", RuntimeWarning, stacklevel=2)
 
     def _discard(self) -> None:
         """Gradients were cleared without a step. Where they had overflowed, a loss scaler skipped it: that gets rows.
@@ -554,10 +547,8 @@ class LipschitzMonitor:
             if self._cleared == UNSEEN and self._changed():
                 warnings.warn(NO_STEPS, stacklevel=2)
         elif not active(self._group):
-            try:
-                self._write(self._skipped(batch))
-            finally:
-                self._finish(True)
+            self._write(self._skipped(batch))
+            self._finish(True)
 
     def _skipped(self, batch: int) -> list[Measurement]:
         """The layers in a step that was not made."""
@@ -584,10 +575,7 @@ class LipschitzMonitor:
         else:  # some process had passes of its own
             skipped = max(mask.bit_count() for mask in masks)
         for _ in range(skipped):
-            try:
-                self._write(self._skipped(sum(batches)))
-            except Exception as error:  # every process counts the step, and makes the next one
-                self._late = error
+            self._write(self._skipped(sum(batches)))
             self._schedule.finished(self._step)
             self._step += 1
         return sum(silents)

@@ -67,9 +67,11 @@ def spectral_norm(A: Any, *, rtol: float = 0.0) -> Array:
     check_fraction(rtol, "rtol")
     xp, (A,) = as_arrays(A, names=["A"])
     size = check_matrix(A, "A", xp)
+    if not bool(xp.any(size > 0)):
+        return scalar(xp.zeros_like(size))
     e = exponent(size, xp)
     view = host_view(A) if rtol > 0 and A.ndim == 2 and min(A.shape) >= _LANCZOS_FROM else None
-    if view is not None and size > 0:
+    if view is not None:
         with contextlib.suppress(ConvergenceError):
             bound = _by_lanczos(view, int(e), rtol) * (1 + eps(e, xp))  # it is rounded to the precision of results
             return scalar(ldexp(array(bound, e, xp), e, xp))
