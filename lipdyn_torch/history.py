@@ -370,8 +370,8 @@ def _complaint(path: Path, number: int, line: bytes, record: Any) -> str:
     if isinstance(record, dict):
         got = f"{got} without the keys step and layer"
     return (
-        f"expected one JSON object per line in {path}, got {got} in line {number}; restore the file or delete all lines "
-        "of that step"
+        f"expected one JSON object per line in {path}, got {got} in line {number}; restore the file, or delete all "
+        "lines of that step"
     )
 
 
@@ -382,10 +382,9 @@ class _Found:
     """
 
     def __init__(self, path: Path) -> None:
-        self.whole, self._heads, self._begins = 0, [], []
-        self._heads: list[tuple[int, dict[str, Any]]]
-        self._begins: list[tuple[int, int]]  # of steps
-        before = 0
+        self._heads: list[tuple[int, dict[str, Any]]] = []
+        self._begins: list[tuple[int, int]] = []  # of steps
+        self.whole = before = 0
         for end, record in _records(path):
             if "meta" in record:
                 self._heads.append((end, record["meta"]))
