@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
@@ -86,7 +86,7 @@ class Spectrum:
     sigma, gap : float
         Largest singular value and its isolation distance (theory 1.9); the gap is NaN where it is unknown.
     triplet : SingularTriplet or None
-        None where the derivatives do not exist; ``problem`` then says why.
+        None where the derivatives do not exist; ``problem`` then says why. Also None where it was let go.
     group : int
     problem : str
         Empty when all is well.
@@ -112,6 +112,19 @@ class Spectrum:
     def matrix(self) -> Tensor:
         """The matrix (m, n) that attains sigma."""
         return self.matrices[self.group]
+
+    def let_go(self) -> Spectrum:
+        """The same without the triplet, which holds several matrices of the weight's size."""
+        return replace(self, triplet=None)
+
+    def emptied(self) -> Spectrum:
+        """The same without any matrix."""
+        return replace(self, matrices=self.matrices.new_empty(0), triplet=None, chart=None)
+
+    @property
+    def known_by_value(self) -> bool:
+        """Whether the triplet was let go."""
+        return self.triplet is None and not self.problem
 
     @property
     def u(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -97,6 +97,11 @@ class Caught:
             return max((self.eps / max(self.batch, 1)) ** 0.5, 2.0 * self.eps)
         return max(self.eps**0.5, 5e-3 if self.spectrum.matrices.is_cuda and self.eps > 1e-10 else 0.0)
 
+    def release(self) -> None:
+        """Let go of all that is of the weight's size, once there is a row."""
+        self.values, self.responses, self.noise, self.mean = [], {}, None, None
+        self.spectrum = self.spectrum.emptied()
+
     def unexplained(self, changes: Sequence[Tensor]) -> bool:
         """Whether the optimiser did something else than its formula says to change the parameters by so much."""
         return any(not response.explains(self.values[i], changes[i]) for i, response in self.responses.items())
@@ -149,6 +154,7 @@ def collect(
             _respond(caught, optimizer, groups, gradients, split, reference)
         if not caught.problems and caught.drift is not None:
             _gather(caught, merged, split, keep_gradients)
+    caught.weights = None  # as large as the parameters, and no longer needed
     caught.problems += [problem for problem in watch.problems if problem not in caught.problems]
     watch.forget()
     return caught
@@ -209,7 +215,7 @@ def _respond(
         if isinstance(response, str):
             caught.problems += [] if caught.problems else [response]
             return
-        caught.responses[i] = response
+        caught.responses[i] = replace(response, drift=response.direction, weights=None)  # what is left to compare
         responses.append(response)
     rates = [_rate(groups[id(p)], caught.lr) if id(p) in groups else 0.0 for p in watch.parameters]
 

@@ -141,6 +141,8 @@ class Watch:
             self.spectrum = Spectrum(matrices, math.nan, math.nan, None, problem=self.rule.unknown)
             return
         found = read_spectrum(matrices, known, ENOUGH if single else 0.0)
+        if not self.trained:  # of a weight that stays nothing else is asked
+            found = found.let_go()
         self.spectrum = replace(found, chart=partial(self.rule.chart, self.module, found.group))
 
     def _matrices(self, values: list[Tensor]) -> Tensor:
@@ -155,6 +157,7 @@ class Watch:
 
     def refresh(self, anew: bool = False) -> bool:
         """Read the spectrum again if the weight is not bitwise the one it was read from, or `anew`; True if so."""
+        anew = anew or (self.trained and self.spectrum.known_by_value)
         same = not anew and all(_bitwise_equal(whole(p), x) for p, x in zip(self.parameters, self.values, strict=True))
         if same and not (self._plain or self.rule.sized):  # it may read more than the parameters
             known = self.spectrum.matrices
@@ -280,6 +283,12 @@ class Watch:
         if any(single.retained and single.counted for single in merged.values()):
             self.problems[RETAINED] = None
         return list(merged.values())
+
+    def release(self) -> None:
+        """Let go of all that is of the weight's size."""
+        self.forget()
+        self.values, self.indices = [], None
+        self.spectrum = self.spectrum.emptied()
 
     def forget(self) -> None:
         """Drop what was received."""

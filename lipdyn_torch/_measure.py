@@ -70,6 +70,7 @@ class Measurement:
         remarks = [FROZEN] if caught.frozen else []
         status = "; ".join(dict.fromkeys([*caught.problems, *remarks, *caught.notes])) or "ok"
         self.row |= {"z": _log(before.sigma), "status": status}
+        caught.release()
         return self.row
 
     def _path(self, matrices: Tensor, updates: Tensor, after: Spectrum | None) -> Row:
@@ -87,6 +88,8 @@ class Measurement:
             out["eps"] = 2.0 * size / before.gap if before.gap > 0 else (math.inf if size > 0 else 0.0)
         if after is None and size == 0.0:
             after = before
+        if size > 0.0 and before.known_by_value:  # it was frozen
+            before = self.caught.spectrum = read_spectrum(before.matrices)
         if after is None:  # while eps < 1 the largest value stays the largest
             near = before.triplet is not None and out["eps"] < 1.0
             after = follow_spectrum(matrices, before) if near else read_spectrum(matrices, before)

@@ -386,6 +386,8 @@ class LipschitzMonitor:
         self._schedule.load_state_dict(state["schedule"])
         self._clock = self._pending = None
         self._lost.clear()
+        if not self._handles:  # closed: it holds rows and no weights
+            return
         for watch in self._watches:
             watch.forget()
             watch.refresh()
@@ -410,7 +412,7 @@ class LipschitzMonitor:
         if attached:
             self._turn(False)
         for watch in self._watches:
-            watch.forget()
+            watch.release()
         for sink in self._sinks:
             sink.close()
         self._sinks = []

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import tracemalloc
 
 import pytest
 import torch
@@ -36,6 +37,78 @@ def same(rows: list[dict], other: list[dict]) -> bool:
 # --- JSON lines ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("taken", [0, 1, 40, 100])
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, taken, monkeypatch):
+    """Half a line would damage the file as soon as there is space again."""
+    path = tmp_path / "history.jsonl"
+    sink = JsonLinesSink(path)
+    sink.start(META)
+    sink.write(step_rows(0))
+    file = sink._file
+
+    class Full:
+        left = taken
+
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+        def write(self, data):
+            if not self.left:
+                raise OSError(28, "No space left on device")
+            some, self.left = data[: self.left], 0
+            return file.write(some)
+
+    monkeypatch.setattr(sink, "_file", Full())
+    with pytest.raises(OSError, match="No space left"):
+        sink.write(step_rows(1))
+    monkeypatch.setattr(sink, "_file", file)
+    sink.write(step_rows(2))
+    sink.close()
+    assert read_history(path).steps == [0, 2]
+    write(path, [3], resume=True)
+    assert read_history(path).steps == [0, 2, 3]
+
+
+def test_one_writer_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    path = tmp_path / "history.jsonl"
+    sink = JsonLinesSink(path)
+    sink.start(META)
+    sink.write(step_rows(0))
+    before = path.read_bytes()
+    with pytest.raises(BlockingIOError, match=r"expected a file that nobody else writes, got .*history.jsonl"):
+        JsonLinesSink(path, resume=True)
+    assert path.read_bytes() == before
+    sink.close()
+    write(path, [1], resume=True)
+    assert read_history(path).steps == [0, 1]
+
+
+def test_a_reference_is_part_of_what_rows_mean(tmp_path):
+    path = tmp_path / "history.jsonl"
+    write(path, [0], meta={**META, "reference": "full"})
+    with pytest.raises(ResumeError, match="to have reference None as this run, got 'full'"):
+        write(path, [1], meta={**META, "reference": None}, resume=True)
+
+
+def test_a_long_record_is_continued_in_little_memory(tmp_path):
+    """The file is read line by line."""
+    path, status = tmp_path / "history.jsonl", "x" * 20_000
+    sink = JsonLinesSink(path)
+    sink.start(META)
+    for step in range(500):
+        sink.write([{**row, "status": status} for row in step_rows(step)])
+    sink.close()
+    tracemalloc.start()
+    try:
+        write(path, [500], resume=True)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < path.stat().st_size / 20
+    assert read_history(path).steps == list(range(501))
+
+
 @pytest.mark.parametrize("lost", [1, 2, 30, 60, 61, 62, 63, 64])
 def test_a_crash_at_any_byte_loses_the_step_being_written_only(tmp_path, lost, caplog):
     """Also when one of the step's rows is whole: a step is kept as a whole or not at all."""
@@ -45,6 +118,8 @@ def test_a_crash_at_any_byte_loses_the_step_being_written_only(tmp_path, lost, c
     lines = whole.splitlines(keepends=True)
     assert lost < len(lines[-1] + lines[-2])
     path.write_bytes(whole[:-lost])
+    assert read_history(path).steps == [0, 1]
+    assert read_history(path).meta == META
     sink = JsonLinesSink(path, resume=True)
     assert path.read_bytes() == b"".join(lines[:-2])
     assert sink.set_aside == [tmp_path / "history.jsonl.aside-1"]

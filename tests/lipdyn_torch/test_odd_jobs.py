@@ -1010,3 +1010,46 @@ def test_steps_of_another_optimizer_are_missed():
             train(model, other)
         train(model, other)  # once is enough
     assert not monitor.history.rows
+
+
+def test_frozen_and_closed_keep_no_matrices():
+    """Of a frozen weight only its values are kept, to see it move; of a closed monitor's nothing."""
+    model = mlp()
+    model[0].requires_grad_(False)
+    optimizer = sgd(model)
+    monitor = LipschitzMonitor(model, optimizer)
+    train(model, optimizer)
+    frozen, trained = monitor._watches[:2]
+    assert frozen.spectrum.triplet is None
+    assert trained.spectrum.triplet is not None
+    monitor.close()
+    for watch in monitor._watches:
+        assert watch.values == []
+        assert watch.spectrum.triplet is None
+        assert watch.spectrum.matrices.numel() == 0
+    assert monitor.log_k == pytest.approx(monitor.history.rows[-1]["z"] + monitor.history.rows[-1]["dz"])
+
+
+def test_a_frozen_layer_costs_no_decomposition(monkeypatch):
+    """Nothing is read again of a weight that stays."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 80), nn.Tanh(), nn.Linear(80, 3))
+    model[0].requires_grad_(False)
+    optimizer = sgd(model)
+    shapes = []
+    for name in ("svd", "eigh", "eigvalsh"):
+        routine = getattr(np.linalg, name)
+        monkeypatch.setattr(
+            np.linalg,
+            name,
+            lambda a, *args, routine=routine, **kwargs: (shapes.append(a.shape), routine(a, *args, **kwargs))[1],
+        )
+    with LipschitzMonitor(model, optimizer) as monitor:
+        shapes.clear()
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(8, 70)).square().mean().backward()
+            optimizer.step()
+    assert max(max(shape) for shape in shapes) <= 80
+    assert all(70 not in shape[-2:] for shape in shapes)
+    assert [row["dz"] for row in monitor.history.rows if row["layer"] == "0"] == [0.0, 0.0]

@@ -280,7 +280,7 @@ def test_torn_last_line_is_left_out_and_a_torn_middle_is_refused(mlp_case, tmp_p
         json.loads(line, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     whole = path.read_text()
     path.write_text(whole[:-25])
-    assert read_history(path).to_pandas().equals(History(history.rows[:-1]).to_pandas())
+    assert read_history(path).to_pandas().equals(History(history.rows[:-4]).to_pandas())  # without the torn step
     path.write_text(whole.replace('"step": 1, "layer"', '"step": 1, "lay', 1))
     with pytest.raises(ValueError, match=r"expected one JSON object per line in .* got .* in line 6; restore"):
         read_history(path)

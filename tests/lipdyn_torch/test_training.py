@@ -995,8 +995,8 @@ def test_a_large_layer_in_single_precision(noise):
             ((x, y),) = wide_batches(dtype, 1)
             functional.cross_entropy(model(x), y).backward()
             optimizer.step()
+            factor = monitor._watches[0].spectrum.triplet._resolvent().matrix.dtype
         rows[dtype] = monitor.history.rows
-        factor = monitor._watches[0].spectrum.triplet._resolvent().matrix.dtype
         assert str(factor) == str(dtype).removeprefix("torch.")
     keys = ["sigma", "gap", "eps", *FORCES, "gHg"]
     keys += ["kappa_var", "lambda_sq_var"] if noise == "split" else []

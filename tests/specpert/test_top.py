@@ -96,6 +96,17 @@ def test_a_probe_spares_the_correction(monkeypatch):
     assert widths == [1]
 
 
+def test_the_norm_of_zero_takes_no_decomposition(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr(np.linalg, "svd", refuse)
+    monkeypatch.setattr(np.linalg, "eigvalsh", refuse)
+    for rtol in (0.0, 1e-3):
+        assert spectral_norm(np.zeros((300, 400)), rtol=rtol) == 0.0
+        np.testing.assert_array_equal(spectral_norm(np.zeros((2, 3, 4), np.float32), rtol=rtol), np.zeros(2))
+
+
 def test_rtol_is_checked():
     with pytest.raises(ValueError, match="0 <= rtol < 1"):
         singular_triplet(np.eye(3), rtol=1.0)
