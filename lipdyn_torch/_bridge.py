@@ -289,11 +289,15 @@ def _frobenius(matrices: Tensor) -> Tensor:
 
 
 @one_thread
-def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor) -> Tensor:
-    """``D^2 sigma[G, G]`` from ``p = G v`` (..., m) and ``q = G^T u`` (..., n); shape (...) (theory 1.3)."""
+def hessian_pairing(spectrum: Spectrum, p: Tensor, q: Tensor, rows: Tensor | None = None) -> Tensor:
+    """``D^2 sigma[G, G]`` from ``p = G v`` (..., m) and ``q = G^T u`` (..., n); shape (...) (theory 1.3).
+
+    With ``rows`` (J,) p is (..., J): G vanishes in all others.
+    """
     dtype = torch.complex128 if spectrum.matrices.is_complex() else torch.float64
     p, q = (_array(as_given(x, dtype)) for x in (p, q))
-    return _tensor(specpert.SigmaHessian(spectrum.triplet).from_projections(p, q))
+    index = None if rows is None else _array(rows)
+    return _tensor(specpert.SigmaHessian(spectrum.triplet).from_projections(p, q, rows=index))
 
 
 @one_thread

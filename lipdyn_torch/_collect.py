@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lipdyn_torch._bridge import Pair, Spectrum, all_finite
-from lipdyn_torch._hooks import Call, Pass, Switch, Watch, failure
+from lipdyn_torch._hooks import Call, Pass, Switch, Watch, add, failure
 from lipdyn_torch.errors import FactorSizeError
-from lipdyn_torch.layers import Block, working
+from lipdyn_torch.layers import Block, Sums, working
 from lipdyn_torch.noise import (
     FACTOR_ERROR,
     GradientNoise,
+    OnRows,
     check_factor_size,
     common_factor,
     factor_slack,
@@ -293,26 +294,27 @@ def _joined(caught: Caught, passes: list[Pass], split: bool, keep_gradients: boo
     if watch.problems or any(part is None for part in sums):
         caught.problems += watch.problems
         return None
-    several = list(zip(*(part for part in sums if part is not None), strict=True))
-    joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in several]
+    p, *others = zip(*(part for part in sums if part is not None), strict=True)
+    first = OnRows.joined(p)
+    joined = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in others]
     try:
         squares = _squares(caught, passes) if split else None
         gradients = _gradients(caught, passes) if keep_gradients and squares is not None else None
     except Exception as error:  # of the user's own code, as in `Watch.contract`
         caught.problems.append(failure(error))
         return None
-    bend = (joined[2], joined[3]) if len(joined) == 4 else None
-    return GradientNoise.from_contributions(joined[0], joined[1], squares, caught.mean, bend, gradients)
+    bend = (joined[1], joined[2]) if len(joined) == 3 else None
+    return GradientNoise.from_contributions(first, joined[0], squares, caught.mean, bend, gradients)
 
 
-def _sums(watch: Watch, single: Pass, weights: list[Tensor] | None) -> tuple[Tensor, ...] | None:
+def _sums(watch: Watch, single: Pass, weights: list[Tensor] | None) -> Sums | None:
     """``p``, ``q``, ... of one pass, all its calls added up sample by sample."""
     total = single.sums
     for call in single.calls:
         part = watch.contract(call, weights)
         if part is None:
             return None
-        total = part if total is None else tuple(x + y for x, y in zip(total, part, strict=True))
+        total = part if total is None else add(total, part)
     return total
 
 
@@ -391,8 +393,9 @@ def without_samples(layers: Sequence[Caught], keep_gradients: bool = False) -> N
             shape = None if caught.mean is None else caught.mean.shape
             gradients = zeros(size, *shape) if shape and keep_gradients and _can_be_kept(caught) else None
             squares = None if shape is None else zeros(*shape)
-            p, q = zeros(size, len(spectrum.u)), zeros(size, len(spectrum.v))
-            caught.noise = GradientNoise(p, q, squares, caught.mean, gradients=gradients)
+            p, q = zeros(size, 0), zeros(size, len(spectrum.v))
+            rows, height = torch.empty(0, dtype=torch.int64, device=p.device), len(spectrum.u)
+            caught.noise = GradientNoise(p, q, squares, caught.mean, gradients=gradients, rows=rows, height=height)
 
 
 def settle(layers: Sequence[Caught]) -> float:

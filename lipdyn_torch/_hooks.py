@@ -27,9 +27,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lipdyn_torch._bridge import Spectrum, read_spectrum
 from lipdyn_torch.distributed import full, local
-from lipdyn_torch.layers import Block, LayerRule, value, whole, working
+from lipdyn_torch.layers import Block, LayerRule, Sums, value, whole, working
+from lipdyn_torch.noise import OnRows
 
-__all__ = ["Call", "Switch", "Tap", "Watch", "listen", "overhear"]
+__all__ = ["Call", "Switch", "Tap", "Watch", "add", "listen", "overhear"]
 
 #: Notes that explain NaN in the noise terms.
 UNPAIRED = "calls of the layer in one backward pass saw different numbers of samples: they cannot be paired"
@@ -77,7 +78,7 @@ class Pass:
     """The uses of one weight in one backward pass: sample i of each is the same sample, and they add up."""
 
     samples: int
-    sums: tuple[Tensor, ...] | None = None
+    sums: Sums | None = None
     calls: list[Call] = field(default_factory=list)
     counted: bool = True  # a gradient reached a parameter in it
     retained: bool = False  # it went through a forward pass whose contributions another one has
@@ -239,9 +240,9 @@ class Watch:
             return
         sums = self.contract(call)
         if sums is not None:
-            single.sums = sums if single.sums is None else _add(single.sums, sums)
+            single.sums = sums if single.sums is None else add(single.sums, sums)
 
-    def contract(self, call: Call, weights: list[Tensor] | None = None) -> tuple[Tensor, ...] | None:
+    def contract(self, call: Call, weights: list[Tensor] | None = None) -> Sums | None:
         """``p`` and ``q`` of one call; a rule that cannot leaves a problem behind instead."""
         s = self.spectrum
         block = Block(call.part, s.group)
@@ -279,7 +280,7 @@ class Watch:
             whole.retained |= single.retained
             whole.calls += single.calls
             if single.sums is not None:
-                whole.sums = single.sums if whole.sums is None else _add(whole.sums, single.sums)
+                whole.sums = single.sums if whole.sums is None else add(whole.sums, single.sums)
         if any(single.retained and single.counted for single in merged.values()):
             self.problems[RETAINED] = None
         return list(merged.values())
@@ -327,8 +328,10 @@ def _bitwise_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _add(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
+def add(a: Sums, b: Sums) -> Sums:
+    """What two calls gave, sample by sample."""
+    (p, *others), (r, *more) = (b, a) if isinstance(b[0], OnRows) else (a, b)
+    return (p.plus(r) if isinstance(p, OnRows) else p + r, *(x + y for x, y in zip(others, more, strict=True)))
 
 
 class Tap:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lipdyn_torch._bridge import as_given, as_real
 from lipdyn_torch.convolution import ConvolutionOperator, blocks, overlaps, padded, phases, sides
-from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule, together
+from lipdyn_torch.layers import Block, LayerRule, Sums, chunks, register_rule, together
 
 __all__ = ["ConvRule", "ConvTransposeRule", "TorusRule"]
 
@@ -45,7 +45,7 @@ class ConvRule(LayerRule):
         v: Tensor,
         block: Block,
         weights: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Sums:
         """``p_i = sum_t delta_it conv(x_i; v)_t``; ``q_i`` is the kernel's gradient for ``u . delta_i``."""
         if weights is not None:
             return super().contract(module, x, delta, u, v, block, weights)

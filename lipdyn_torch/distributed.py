@@ -168,7 +168,7 @@ class JointNoise:
 def summarise(noise: GradientNoise, spectrum: Spectrum) -> JointNoise:
     """The sums of one process's samples."""
     p, q = noise.means
-    centred_p, centred_q = noise.p - p, noise.q - q
+    centred_p, centred_q = noise.centred
     squares = (_NAN, _NAN)
     if noise.squares is not None:
         first, second = (float((form * noise.squares).sum()) for form in variance_forms(spectrum))
@@ -178,8 +178,8 @@ def summarise(noise: GradientNoise, spectrum: Spectrum) -> JointNoise:
         p=p,
         q=q,
         sizes=noise.sizes,
-        noise=float((centred_p @ spectrum.u).square().sum()),
-        curvature=float(hessian_pairing(spectrum, centred_p, centred_q).sum()),
+        noise=float((centred_p @ noise.seen(spectrum.u)).square().sum()),
+        curvature=float(hessian_pairing(spectrum, centred_p, centred_q, noise.rows).sum()),
         squares=squares,
         mean=noise.mean,
     )
@@ -317,7 +317,7 @@ def _scatter(layers: Sequence[tuple[Spectrum, GradientNoise | None]]) -> Tensor:
     rows = torch.zeros(len(layers), samples, dtype=torch.float64, device=device)
     for row, (spectrum, noise) in zip(rows, layers, strict=True):
         if noise is not None and noise.batch == samples:
-            scores = noise.p @ spectrum.u
+            scores = noise.scores(spectrum)
             row += scores - scores.mean()
     return rows @ rows.T
 

@@ -14,14 +14,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lipdyn_torch.distributed import full
+from lipdyn_torch.noise import OnRows, check_factor_size
 
 __all__ = ["Block", "EmbeddingRule", "LayerRule", "LinearRule", "find_rule", "register_rule", "unsupported_reason"]
+
+#: What a contraction gives: p, q, and what bends the matrix; tensors, but p may be `OnRows`.
+Sums: TypeAlias = tuple[Any, ...]
 
 # Where per-sample gradients must exist at all, never more than this many numbers at a time.
 CHUNK_NUMBERS = 1 << 20
@@ -153,7 +157,7 @@ class LayerRule:
         v: Tensor,
         block: Block,
         weights: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Sums:
         """``p_i = G_i v`` (M, m) and ``q_i = G_i^T u`` (M, n).
 
         ``weights`` are elementwise factors of the parameters' shapes (Adam's ``1/(sqrt(vhat) + eps)``): with them,
@@ -306,14 +310,25 @@ class EmbeddingRule(LayerRule):
         v: Tensor,
         block: Block,
         weights: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Sums:
         """``p_i`` collects ``delta_it . v`` at the entries read, ``q_i = sum_t u[x_it] delta_it``."""
         index, delta = self._read(module, x, delta)
         W = self.weights(module, block, weights)
         if W is not None:
             delta = delta * W[index]
-        p = delta.new_zeros(len(index), module.num_embeddings).scatter_add_(1, index, delta @ v)
-        return p, torch.einsum("it,itn->in", u[index], delta)
+        rows, places = index.unique(return_inverse=True)
+        check_factor_size((len(index), len(rows)))
+        p = delta.new_zeros(len(index), len(rows)).scatter_add_(1, places, delta @ v)
+        return OnRows(p, rows, module.num_embeddings), torch.einsum("it,itn->in", u[index], delta)
+
+    def sum_of_squares(self, module: nn.Embedding, x: Tensor, delta: Tensor, block: Block) -> Tensor:
+        """Each sample's sums in the entries it reads, squared there."""
+        index, delta = self._read(module, x, delta)
+        sample = torch.arange(len(index), device=index.device)[:, None]
+        keys, places = (sample * module.num_embeddings + index).unique(return_inverse=True)
+        sums = delta.new_zeros(len(keys), delta.shape[-1]).index_add_(0, places.flatten(), delta.flatten(0, 1))
+        squares = delta.new_zeros(module.num_embeddings, delta.shape[-1])
+        return squares.index_add_(0, keys % module.num_embeddings, sums.square())
 
     def samples(self, module: nn.Module, delta: Tensor) -> int:
         """The first axis of the indices; a plain sequence of indices is as many samples."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -23,8 +23,8 @@ from lipdyn_torch._bridge import Pair, Spectrum, hessian_pairing, variance_forms
 from lipdyn_torch.errors import FactorSizeError
 
 __all__ = [
-    *("FACTOR_LIMIT", "Averaged", "GradientNoise", "NoiseTerms", "check_factor_size", "common_factor", "mismatch"),
-    "nearest_factor",
+    *("FACTOR_LIMIT", "Averaged", "GradientNoise", "NoiseTerms", "OnRows", "check_factor_size", "common_factor"),
+    *("mismatch", "nearest_factor"),
 ]
 
 _NAN = float("nan")
@@ -40,6 +40,60 @@ def check_factor_size(shape: Sequence[int], limit: int = FACTOR_LIMIT) -> None:
             f"expected at most {limit} numbers in the gradients of {shape[0]} samples, got {size} of shape "
             f"{tuple(shape)}; raise limit, or do without the factor: GradientNoise.terms never needs it"
         )
+
+
+@dataclass(frozen=True)
+class OnRows:
+    """Vectors (M, m) that vanish outside of some of the m rows of a matrix, as those of a table of which few are read.
+
+    Attributes
+    ----------
+    values : Tensor (M, J)
+        The entries in these rows.
+    rows : Tensor (J,)
+        Integers, ascending.
+    size : int
+        m.
+
+    Examples
+    --------
+    >>> import torch
+    >>> x = OnRows(torch.ones(1, 2), torch.tensor([1, 3]), 5)
+    >>> y = OnRows(torch.ones(1, 1), torch.tensor([3]), 5)
+    >>> x.plus(y).values.tolist(), x.plus(y).dense().tolist()
+    ([[1.0, 2.0]], [[0.0, 1.0, 0.0, 2.0, 0.0]])
+    """
+
+    values: Tensor
+    rows: Tensor
+    size: int
+
+    def dense(self) -> Tensor:
+        """All entries (M, m)."""
+        return self.values.new_zeros(len(self.values), self.size).index_copy_(1, self.rows, self.values)
+
+    def on(self, rows: Tensor) -> Tensor:
+        """The entries in rows that hold all of its own."""
+        zeros = self.values.new_zeros(len(self.values), len(rows))
+        return zeros.index_copy_(1, torch.searchsorted(rows, self.rows), self.values)
+
+    def plus(self, other: OnRows | Tensor) -> OnRows | Tensor:
+        """The sums, sample by sample."""
+        if not isinstance(other, OnRows):
+            return self.dense() + other
+        rows = torch.cat([self.rows, other.rows]).unique()
+        return OnRows(self.on(rows) + other.on(rows), rows, self.size)
+
+    @staticmethod
+    def joined(parts: Sequence[OnRows | Tensor]) -> OnRows | Tensor:
+        """The samples of all."""
+        if len(parts) == 1:
+            return parts[0]
+        if all(isinstance(part, OnRows) for part in parts):
+            few = [part for part in parts if isinstance(part, OnRows)]
+            rows = torch.cat([part.rows for part in few]).unique()
+            return OnRows(torch.cat([part.on(rows) for part in few]), rows, few[0].size)
+        return torch.cat([part.dense() if isinstance(part, OnRows) else part for part in parts])
 
 
 @dataclass(frozen=True)
@@ -117,7 +171,7 @@ class GradientNoise:
     Parameters
     ----------
     p, q : Tensor, (M, m) and (M, n), float64
-        ``G_i v`` and ``G_i^T u``.
+        ``G_i v`` and ``G_i^T u``; with ``rows`` p is (M, J).
     squares : Tensor (m, n), optional
         ``sum_i G_i o G_i``, needed for the variance part only.
     mean : Tensor (m, n), optional
@@ -129,6 +183,10 @@ class GradientNoise:
         The ``G_i`` themselves, needed for `factor` and `square_root` only.
     population : int, optional
         Number N of samples that the M were drawn from without replacement: Sigma then has the factor 1 - M/N.
+    rows : Tensor (J,), optional
+        Integers, ascending: all ``G_i`` vanish in the other rows. Needs ``height``.
+    height : int, optional
+        m.
 
     Examples
     --------
@@ -152,6 +210,8 @@ class GradientNoise:
     bend: tuple[Tensor, Tensor] | None = None
     gradients: Tensor | None = None
     population: int | None = None
+    rows: Tensor | None = None
+    height: int | None = None
 
     def __post_init__(self) -> None:
         if self.population is not None and not self.batch <= self.population:
@@ -187,7 +247,7 @@ class GradientNoise:
     @classmethod
     def from_contributions(
         cls,
-        p: Tensor,
+        p: Tensor | OnRows,
         q: Tensor,
         squares: Tensor | None = None,
         mean: Tensor | None = None,
@@ -198,6 +258,9 @@ class GradientNoise:
 
         This holds for losses averaged and summed over the batch, and for accumulated micro-batches, alike.
         """
+        if isinstance(p, OnRows):
+            few = cls(p.values, q, squares, mean, bend, gradients, rows=p.rows, height=p.size)
+            return few.scaled(len(q))
         return cls(p, q, squares, mean, bend, gradients).scaled(len(p))
 
     def scaled(self, factor: float) -> GradientNoise:
@@ -207,7 +270,8 @@ class GradientNoise:
         squares = None if self.squares is None else factor**2 * self.squares
         bend = None if self.bend is None else (factor * self.bend[0], factor * self.bend[1])
         gradients = None if self.gradients is None else factor * self.gradients
-        return GradientNoise(factor * self.p, factor * self.q, squares, self.mean, bend, gradients, self.population)
+        p, q = factor * self.p, factor * self.q
+        return replace(self, p=p, q=q, squares=squares, bend=bend, gradients=gradients)
 
     @property
     def batch(self) -> int:
@@ -247,8 +311,30 @@ class GradientNoise:
 
     @cached_property
     def means(self) -> Pair:
+        """Means (m,) and (n,) of ``G_i v`` and ``G_i^T u``."""
+        p, q = self._means
+        if self.rows is None or self.height is None:
+            return p, q
+        return p.new_zeros(self.height).index_copy_(0, self.rows, p), q
+
+    @cached_property
+    def _means(self) -> Pair:
         """Means of ``p`` and ``q``."""
         return self.p.mean(0), self.q.mean(0)
+
+    @property
+    def centred(self) -> Pair:
+        """``p`` and ``q`` less their means."""
+        p, q = self._means
+        return self.p - p, self.q - q
+
+    def scores(self, spectrum: Spectrum) -> Tensor:
+        """``u^T G_i v`` (M,)."""
+        return self.p @ self.seen(spectrum.u)
+
+    def seen(self, u: Tensor) -> Tensor:
+        """A vector (m,) in the rows of ``p``."""
+        return u if self.rows is None else u[self.rows]
 
     @cached_property
     def norms(self) -> Pair:
@@ -275,15 +361,19 @@ class GradientNoise:
 
         ``along`` is ``(G v, G^T u)`` of the gradient G for ``gradient_curvature``; by default the samples' mean.
         """
-        u = spectrum.u
-        # one call: most of its cost is in the overhead and in reading the matrix
-        p, q = map(_centred_and, (self.p, self.q), self.means, along or self.means)
-        *forms, form = hessian_pairing(spectrum, p, q).tolist()
-        scores = self.p @ u
+        if self.rows is None:
+            # one call: most of its cost is in the overhead and in reading the matrix
+            p, q = map(_centred_and, (self.p, self.q), self.means, along or self.means)
+            *forms, form = hessian_pairing(spectrum, p, q).tolist()
+            p = p[:-1]
+        else:
+            p, q = self.centred
+            forms = hessian_pairing(spectrum, p, q, self.rows).tolist()
+            form = float(hessian_pairing(spectrum, *(along or self.means)))
         noise = noise_curvature = _NAN
         if self.batch > 1:
             norm = self._norm
-            noise = norm * float((p[:-1] @ u).square().sum())
+            noise = norm * float((p @ self.seen(spectrum.u)).square().sum())
             noise_curvature = norm * (math.fsum(forms) + 2.0 * self._bending())
         noise_var, noise_curvature_var = self._variance_part(spectrum)
         return NoiseTerms(
@@ -292,7 +382,7 @@ class GradientNoise:
             noise_curvature=noise_curvature,
             noise_var=noise_var,
             noise_curvature_var=noise_curvature_var,
-            scores=scores,
+            scores=self.scores(spectrum),
         )
 
     def _bending(self) -> float:

@@ -11,6 +11,7 @@ al = U^* f, be = V^* g (..., r, c); K = A A^* (m <= n) the Gram matrix of the sm
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import numpy as np
 
@@ -120,6 +121,22 @@ class SmallSideResolvent:
         total = np.einsum("ij,ij->i", g, g.conj()).real + along + self.solve.form(r.T)
         return np.asarray(total / self.sigma, self.sigma.dtype)
 
+    def on(self, rows: np.ndarray) -> SmallSideResolvent:
+        """For `quadratic` of vectors on the larger side that vanish outside of these rows of it; they get one more, 0.
+
+        That is the coordinate along what v has outside of the rows: with it they are in the span of v and of the rows'
+        unit vectors, where all inner products are those of the whole.
+        """
+        assert self.matrix is not None
+        known, outside = self.v[rows], self.v.copy()
+        outside[rows] = 0
+        size = float(np.linalg.norm(outside))
+        along = self.matrix @ (outside.astype(self.matrix.dtype) / (size or 1.0))
+        other = copy(self)
+        other.v = np.vstack([known, np.full((1, 1), size, known.dtype)])
+        other.matrix = np.hstack([self.matrix[:, rows], along])
+        return other
+
     def diagonal_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of one value: diagonals (m,) and (n,) of the blocks L and R, and the block C (m, n) (theory 1.3)."""
         if self.matrix is None:
@@ -160,6 +177,10 @@ class HostResolvent(Portable):
         """As of the resolvent."""
         L, R, C = (from_host(x, self.like, self.xp) for x in self.resolvent.diagonal_blocks())
         return L, R, C
+
+    def on(self, rows: np.ndarray) -> HostResolvent:
+        """As of the resolvent."""
+        return HostResolvent(self.resolvent.on(rows), self.like, self.xp)
 
     def quadratic(self, f: Array, g: Array) -> Array:
         """As of the resolvent."""

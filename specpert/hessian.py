@@ -11,6 +11,7 @@ direct_i = sigma / (sigma^2 - s_i^2), cross_i = s_i / (sigma^2 - s_i^2); for i =
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from specpert._arrays import (
     exponent,
     eye,
     finite,
+    host_view,
     is_complex,
     is_numpy,
     ldexp,
@@ -118,37 +120,87 @@ class SigmaHessian(Portable):
         wider = self._promoted(G)
         return wider._form(*wider._projections(G))
 
-    def from_projections(self, p: Any, q: Any) -> Array:
-        """D^2 sigma[G, G] from p = G v (..., m) and q = G^* u (..., n) alone (theory 2.4)."""
+    def from_projections(self, p: Any, q: Any, *, rows: Any = None) -> Array:
+        """D^2 sigma[G, G] from p = G v (..., m) and q = G^* u (..., n) alone (theory 2.4).
+
+        Where G vanishes outside of some rows, as the gradient of a table of which few rows are read, `rows` (J,) may
+        say which: p is then (..., J).
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from specpert import SigmaHessian
+        >>> A, G = np.random.default_rng(0).standard_normal((2, 9, 3))
+        >>> H, rows = SigmaHessian(A), [1, 4]
+        >>> G[[i for i in range(9) if i not in rows]] = 0.0
+        >>> p, q = G @ H.triplet.v, G.T @ H.triplet.u
+        >>> bool(np.isclose(H.from_projections(p[rows], q, rows=rows), H.quadratic(G)))
+        True
+        """
         xp, (_, p, q) = as_arrays(self.triplet._P0, p, q, names=["A", "p", "q"])
         if (wider := self._promoted(p)) is not self:
-            return wider.from_projections(p, q)
+            return wider.from_projections(p, q, rows=rows)
         m, n = self.triplet.shape[-2:]
-        if p.shape[-1:] != (m,) or q.shape[-1:] != (n,) or p.shape[:-1] != q.shape[:-1]:
+        index = None if rows is None else self._row_indices(rows)
+        width = m if index is None else len(index)
+        if p.shape[-1:] != (width,) or q.shape[-1:] != (n,) or p.shape[:-1] != q.shape[:-1]:
             raise ValueError(
-                f"expected p (..., {m}) and q (..., {n}) with equal leading axes, "
+                f"expected p (..., {width}) and q (..., {n}) with equal leading axes, "
                 f"got {tuple(p.shape)} and {tuple(q.shape)}"
             )
+        if index is not None:  # one more coordinate, for all other rows
+            p = xp.concat([p, xp.zeros((*p.shape[:-1], 1), dtype=p.dtype, device=p.device)], axis=-1)
         sizes = [magnitude(x[..., None, :], xp) for x in (p, q)]
         for size, name in zip(sizes, "pq", strict=True):
             if not bool(xp.all(xp.isfinite(size))):
                 raise NonFiniteError(f"expected {name} to be finite, got NaN or inf in it")
-        return self._form(*_of_order_one(p, q, xp.maximum(*sizes), xp))
+        p, q, e = _of_order_one(p, q, xp.maximum(*sizes), xp)
+        return self._form(p, q, e, index)
 
-    def _form(self, p: Array, q: Array, e: Array) -> Array:
+    def _row_indices(self, rows: Any) -> np.ndarray:
+        """As integers of NumPy; raises unless they are rows of A, each at most once."""
+        view = host_view(rows)
+        if view is None:
+            view = rows.tolist() if hasattr(rows, "tolist") else rows
+        index = np.asarray(view)
+        if index.size == 0:
+            index = index.astype(np.int64)
+        m = self.triplet.shape[-2]
+        if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
+            raise TypeError(f"expected rows (J,) of integers, got {index.dtype} of shape {index.shape}")
+        if len(np.unique(index)) < len(index) or not np.all((index >= 0) & (index < m)):
+            raise ValueError(f"expected rows of A, 0 ... {m - 1}, each once, got {index.tolist()[:10]} ...")
+        return index
+
+    def _form(self, p: Array, q: Array, e: Array, rows: np.ndarray | None = None) -> Array:
         """The form of 2^e (p, q), for p and q of the order of one."""
         xp = self._xp
-        total = self.triplet._result(self._quadratic(p, q))
+        total = self.triplet._result(self._quadratic(p, q, rows))
         return finite(scalar(ldexp(total, 2 * e - self.triplet._e, xp)), "Hessian form", xp)
 
-    def _quadratic(self, p: Array, q: Array) -> Array:
-        """The form for A / 2^e."""
-        if self.triplet._svd is not None:
-            return self._spectrum.quadratic(p, q)
-        xp, count = self._xp, math.prod(p.shape[:-1])
+    def _quadratic(self, p: Array, q: Array, rows: np.ndarray | None = None) -> Array:
+        """The form for A / 2^e; p is on all rows, or on some and has one number more."""
+        xp, resolvent, small = self._xp, self._resolvent, self.triplet._small_side
+        spectrum = None if self.triplet._svd is None else self._spectrum
+        if rows is not None:
+            m, n = self.triplet.shape[-2:]
+            extra = min(m, n) if spectrum is not None else 1
+            if len(rows) + extra < m and spectrum is not None:
+                spectrum = spectrum.on(rows)
+                p = xp.concat([p, xp.zeros((*p.shape[:-1], extra - 1), dtype=p.dtype, device=p.device)], axis=-1)
+            elif len(rows) + extra < m and small is not None and small.mirrored and small.matrix is not None:
+                assert isinstance(resolvent, SmallSideResolvent | HostResolvent)
+                resolvent = resolvent.on(rows)
+            else:
+                places = np.full(m, len(rows))
+                places[rows] = np.arange(len(rows))
+                p = xp.take(p, array(places, p, xp, dtype=xp.int64), axis=-1)
+        if spectrum is not None:
+            return spectrum.quadratic(p, q)
+        count = math.prod(p.shape[:-1])
         columns = (xp.matrix_transpose(xp.reshape(x, (count, x.shape[-1]))) for x in (p, q))
-        assert isinstance(self._resolvent, SmallSideResolvent | HostResolvent)
-        return xp.reshape(self._resolvent.quadratic(*columns), p.shape[:-1])
+        assert isinstance(resolvent, SmallSideResolvent | HostResolvent)
+        return xp.reshape(resolvent.quadratic(*columns), p.shape[:-1])
 
     def inner(self, factor: Any) -> Array:
         """<H, F^T F> = sum_i D^2 sigma[F_i, F_i] for a low-rank covariance given by its factor F (M, m, n).
@@ -344,6 +396,21 @@ class _Spectrum(Portable):
         if not is_complex(self.U, xp):  # a_k = b_k = u^T G v: what would be divided by sigma is nothing but rounding
             self.plus = xp.where(at_k, xp.zeros_like(s), self.plus)
         self.sigma, self.small = sigma[..., 0], is_small(sigma, s, xp)
+
+    def on(self, rows: np.ndarray) -> _Spectrum:
+        """For `quadratic` of p that vanish outside of these rows; they get r more coordinates, all 0.
+
+        Those along what the columns of U have outside of the rows: inner products are those of the whole.
+        """
+        xp, m = self.xp, self.U.shape[-2]
+        outside = array(~np.isin(np.arange(m), rows), self.U, xp, dtype=xp.bool)[:, None]
+        rest = xp.where(outside, self.U, xp.zeros_like(self.U))
+        w, X = xp.linalg.eigh(adjoint(rest, xp) @ rest)
+        root = xp.astype(xp.sqrt(xp.clip(w, 0.0, None)), X.dtype)[..., :, None] * adjoint(X, xp)
+        known = xp.take(self.U, array(rows, self.U, xp, dtype=xp.int64), axis=-2)
+        other = copy(self)
+        other.U = xp.concat([known, root], axis=-2)
+        return other
 
     def quadratic(self, p: Array, q: Array) -> Array:
         """Forms (...) from projections (..., m), (..., n)."""

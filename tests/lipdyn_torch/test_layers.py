@@ -112,6 +112,7 @@ MODELS = {
     "transposed3d": (lambda: nn.ConvTranspose3d(2, 2, 2, stride=(2, 1, 1)), (2, 2, 2, 2), {}),
     "embedding": (lambda: nn.Embedding(7, 4, padding_idx=2), (5,), {}),
     "embedding-sparse": (lambda: nn.Embedding(7, 4, sparse=True), (5,), {}),
+    "embedding-few-read": (lambda: nn.Embedding(60, 4, padding_idx=2), (5,), {}),
     "tied-embedding": (TiedEmbedding, (5,), {"table": ("table.weight",)}),
     "twice-and-tied": (Twice, (4,), {"a": ("a.weight",)}),
     "attention": (Attention, (3, 4), {}),

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from oracles import taylor_mpmath, with_spectrum
 from scipy.sparse.linalg import eigsh
 
@@ -248,3 +249,43 @@ def test_matrix_and_direction_of_any_size():
         hessian.quadratic(np.full((3, 4), np.inf))
     with pytest.raises(OverflowError):
         hessian.quadratic(2.0**1000 * G)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
+@pytest.mark.parametrize("shape", [(9, 3), (3, 9), (500, 40), (600, 270), (40, 500)], ids=str)
+def test_projections_on_some_rows(shape, complex_, library):
+    """As with zeros in all others, by the Gram matrix of either side and by an SVD."""
+    m, n = shape
+    rng = np.random.default_rng(0)
+
+    def random(*size):
+        return rng.standard_normal(size) + (1j * rng.standard_normal(size) if complex_ else 0)
+
+    give = np.asarray if library == "numpy" else torch.from_numpy
+    A = give(random(m, n))
+    for method in ("auto", "svd"):
+        hessian = SigmaHessian(singular_triplet(A, method=method))
+        u, v = np.asarray(hessian.triplet.u), np.asarray(hessian.triplet.v)
+        for count in (0, 1, min(m, 7), m):
+            rows = rng.permutation(m)[:count]
+            G = np.zeros((5, m, n), u.dtype)
+            G[:, rows] = random(5, count, n)
+            p, q = G @ v, np.swapaxes(G.conj(), 1, 2) @ u
+            found = hessian.from_projections(give(p[:, rows]), give(q), rows=give(rows))
+            expected = hessian.from_projections(give(p), give(q))
+            np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-12, atol=1e-300)
+            assert isinstance(found, type(expected))
+
+
+def test_rows_of_projections_are_checked():
+    hessian = SigmaHessian(np.diag([3.0, 2.0, 1.0]))
+    p, q = np.ones(2), np.ones(3)
+    for rows, error, match in (
+        ([0, 3], ValueError, r"expected rows of A, 0 ... 2, each once, got \[0, 3\]"),
+        ([1, 1], ValueError, "each once"),
+        ([0.0, 1.0], TypeError, r"expected rows \(J,\) of integers, got float64"),
+        ([0], ValueError, r"expected p \(..., 1\)"),
+    ):
+        with pytest.raises(error, match=match):
+            hessian.from_projections(p, q, rows=rows)
