@@ -304,7 +304,7 @@ class EmbeddingRule(LayerRule):
     def contract(
         self,
         module: nn.Embedding,
-        x: Tensor,
+        x: Any,
         delta: Tensor,
         u: Tensor,
         v: Tensor,
@@ -321,7 +321,7 @@ class EmbeddingRule(LayerRule):
         p = delta.new_zeros(len(index), len(rows)).scatter_add_(1, places, delta @ v)
         return OnRows(p, rows, module.num_embeddings), torch.einsum("it,itn->in", u[index], delta)
 
-    def sum_of_squares(self, module: nn.Embedding, x: Tensor, delta: Tensor, block: Block) -> Tensor:
+    def sum_of_squares(self, module: nn.Embedding, x: Any, delta: Tensor, block: Block) -> Tensor:
         """Each sample's sums in the entries it reads, squared there."""
         index, delta = self._read(module, x, delta)
         sample = torch.arange(len(index), device=index.device)[:, None]
@@ -334,7 +334,7 @@ class EmbeddingRule(LayerRule):
         """The first axis of the indices; a plain sequence of indices is as many samples."""
         return delta.shape[0] if delta.ndim > 1 else 1
 
-    def per_sample(self, module: nn.Embedding, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
+    def per_sample(self, module: nn.Embedding, x: Any, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """``G_i``: row ``x_it`` holds the sum of the ``delta_it``."""
         index, delta = self._read(module, x, delta)
         for chunk in chunks(len(index), module.weight.numel()):
@@ -343,7 +343,7 @@ class EmbeddingRule(LayerRule):
             yield G.scatter_add_(1, where, delta[chunk])
 
     @staticmethod
-    def _read(module: nn.Embedding, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(module: nn.Embedding, x: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Indices (M, T) and gradients (M, T, n) in float64; the padding entry learns nothing."""
         index = x.reshape(x.shape[0], math.prod(x.shape[1:])) if x.ndim else x.reshape(1, 1)
         delta = delta.to(torch.float64).reshape(*index.shape, delta.shape[-1])
@@ -352,13 +352,67 @@ class EmbeddingRule(LayerRule):
         return index, delta
 
 
+class EmbeddingBagRule(EmbeddingRule):
+    """``nn.EmbeddingBag`` of mode "sum" or "mean": a sample is a bag.
+
+    Examples
+    --------
+    >>> import torch
+    >>> bag = torch.nn.EmbeddingBag(5, 2, mode="sum")
+    >>> index, share = EmbeddingBagRule().inputs(bag, (torch.tensor([4, 0, 1]), torch.tensor([0, 1])), {})
+    >>> index.tolist(), share.tolist()
+    ([[4, 4], [0, 1]], [[1.0, 0.0], [1.0, 1.0]])
+    """
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        """As of an embedding; and which entries a maximum is taken of cannot be seen."""
+        if module.mode == "max":
+            return "EmbeddingBag of mode 'max': the entries it takes are not seen"
+        return super().unsupported(module)
+
+    def inputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Indices (M, T), bag by bag and filled up, and the share (M, T) each has in its bag's output."""
+        names = ("input", "offsets", "per_sample_weights")
+        given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+        index: Any
+        weights: Any
+        index, offsets, weights = (None if given.get(name) is None else given[name].detach() for name in names)
+        if index is None:
+            return None
+        valid = torch.ones_like(index, dtype=torch.bool)
+        if offsets is not None:  # one bag after the other
+            ends = torch.cat([offsets[1:], offsets.new_tensor([] if module.include_last_offset else [len(index)])])
+            begins = offsets[: len(ends)]
+            longest = max(1, int((ends - begins).max())) if len(ends) else 1
+            places = begins[:, None] + torch.arange(longest, device=index.device)
+            valid = places < ends[:, None]
+            places = places.where(valid, torch.zeros_like(places))
+            if not len(index):  # there is nothing to take
+                index, weights = (None if x is None else x.new_zeros(1) for x in (index, weights))
+            index, weights = index[places], None if weights is None else weights[places]
+        if module.padding_idx is not None:
+            valid = valid & (index != module.padding_idx)
+        share = valid.double() if weights is None else valid * weights.double()
+        return index, share / valid.sum(1, keepdim=True).clamp_min(1) if module.mode == "mean" else share
+
+    @staticmethod
+    def _read(module: nn.Embedding, x: Any, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Each bag's gradient goes to its entries by their shares."""
+        index, share = x
+        return index, delta.double()[:, None] * share[..., None]
+
+
 def chunks(samples: int, numbers_per_sample: int) -> Iterator[slice]:
     """Slices of the sample axis that hold at most about ``CHUNK_NUMBERS`` numbers each."""
     width = max(1, CHUNK_NUMBERS // max(1, numbers_per_sample))
     return (slice(start, start + width) for start in range(0, samples, width))
 
 
-_RULES: dict[type[nn.Module], LayerRule] = {nn.Linear: LinearRule(), nn.Embedding: EmbeddingRule()}
+_RULES: dict[type[nn.Module], LayerRule] = {
+    nn.Linear: LinearRule(),
+    nn.Embedding: EmbeddingRule(),
+    nn.EmbeddingBag: EmbeddingBagRule(),
+}
 
 
 def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:

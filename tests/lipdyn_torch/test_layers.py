@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lipdyn_torch import LipschitzMonitor
-from lipdyn_torch.layers import Block, LayerRule, find_rule, register_rule
+from lipdyn_torch.layers import Block, EmbeddingBagRule, LayerRule, find_rule, register_rule, unsupported_reason
 from lipdyn_torch.low_rank import LowRankSumRule
 
 
@@ -112,6 +112,7 @@ MODELS = {
     "transposed3d": (lambda: nn.ConvTranspose3d(2, 2, 2, stride=(2, 1, 1)), (2, 2, 2, 2), {}),
     "embedding": (lambda: nn.Embedding(7, 4, padding_idx=2), (5,), {}),
     "embedding-sparse": (lambda: nn.Embedding(7, 4, sparse=True), (5,), {}),
+    "embedding-bag": (lambda: nn.EmbeddingBag(7, 4, padding_idx=2), (5,), {}),
     "embedding-few-read": (lambda: nn.Embedding(60, 4, padding_idx=2), (5,), {}),
     "tied-embedding": (TiedEmbedding, (5,), {"table": ("table.weight",)}),
     "twice-and-tied": (Twice, (4,), {"a": ("a.weight",)}),
@@ -354,3 +355,42 @@ def test_single_precision_is_close_to_double(name):
         for key in ("sigma", "mu", "kappa", "lambda_sq"):
             scale = max(abs(r[key]) for r in tables[1])
             assert abs(row[key] - expected[key]) <= 1e-4 * scale, key
+
+
+@pytest.mark.parametrize("padding", [None, 2])
+@pytest.mark.parametrize("last", [False, True], ids=["", "last-offset"])
+@pytest.mark.parametrize("mode", ["sum", "mean", "weighted"])
+def test_bags(mode, last, padding):
+    """Bags of different sizes, one of them empty, given by offsets: each sample's gradient is that of its bag alone."""
+    torch.manual_seed(0)
+    kind = "sum" if mode == "weighted" else mode
+    bag = nn.EmbeddingBag(7, 3, mode=kind, padding_idx=padding, include_last_offset=last).double()
+    index, offsets = torch.tensor([1, 2, 2, 6, 0, 1, 1]), [0, 3, 3, 5, *([7] if last else [])]
+    weights = {"per_sample_weights": torch.rand(7, dtype=F64)} if mode == "weighted" else {}
+    args = (index, torch.tensor(offsets))
+    out = bag(*args, **weights)
+    delta = torch.randn(4, 3, dtype=F64)
+    rule, block = EmbeddingBagRule(), Block()
+    assert type(find_rule(bag)) is EmbeddingBagRule
+    x = rule.inputs(bag, args, weights)
+    found = torch.cat(list(rule.per_sample(bag, x, delta, block)))
+    for i in range(4):
+        (expected,) = torch.autograd.grad((out[i] * delta[i]).sum(), bag.weight, retain_graph=True)
+        torch.testing.assert_close(found[i], expected, rtol=1e-13, atol=1e-15)
+    u, v = torch.randn(7, dtype=F64), torch.randn(3, dtype=F64)
+    p, q = rule.contract(bag, x, delta, u, v, block)
+    torch.testing.assert_close(p.dense(), found @ v, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(q, found.mT @ u, rtol=1e-12, atol=1e-14)
+    squares = rule.sum_of_squares(bag, x, delta, block)
+    torch.testing.assert_close(squares, found.square().sum(0), rtol=1e-12, atol=1e-14)
+
+
+def test_bags_without_entries():
+    bag = nn.EmbeddingBag(7, 3, mode="mean").double()
+    rule = EmbeddingBagRule()
+    x = rule.inputs(bag, (torch.empty(0, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)), {})
+    delta, u, v = torch.ones(2, 3, dtype=F64), torch.ones(7, dtype=F64), torch.ones(3, dtype=F64)
+    p, q = rule.contract(bag, x, delta, u, v, Block())
+    assert not p.dense().any()
+    assert not q.any()
+    assert "mode 'max'" in unsupported_reason(nn.EmbeddingBag(7, 3, mode="max"))
