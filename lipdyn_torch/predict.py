@@ -175,7 +175,7 @@ def sde(
     """
     path = _path(_moves(from_known(history, layer)), layer, gradient, sampling, dataset_size)
     step, z = observed(history, layer)
-    return Prediction(f"SDE, {gradient} gradient", step, path.mean, z, np.sqrt(path.variance))
+    return Prediction(f"SDE, {gradient} gradient", step, path.mean, z, np.sqrt(path.variance + path.of_reference))
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,8 @@ def moments(
     ----------
     gradient, sampling, dataset_size
         As in `sde`. The batches that made the steps carry the very noise that is averaged over here: "batch" makes the
-        mean of K too large by the factor exp(Var Z / 2) (theory 2.7).
+        mean of K too large by the factor exp(Var Z / 2) (theory 2.7). An "independent" batch puts noise of its own on
+        z_mean and log_mean, which averages out over runs; the spreads are those over the training batches alone.
     independent_layers : bool
         Leave out the covariances between layers, as the paper does.
 
@@ -265,10 +266,14 @@ def increments(history: History | pd.DataFrame, layer: str = NETWORK) -> pd.Data
 
 
 class _Path(NamedTuple):
-    """Mean and variance of Z at every monitored state."""
+    """Mean and variance of Z at every monitored state, and how far the reference gradient's own noise moves the mean.
+
+    The last is part of the error of a prediction, but not of the spread of Z over draws of the training batches.
+    """
 
     mean: NDArray[np.float64]
     variance: NDArray[np.float64]
+    of_reference: NDArray[np.float64]  # a variance
 
 
 def _path(
@@ -301,9 +306,8 @@ def _path(
     else:
         batch = np.repeat(rows["batch"].to_numpy(float), repeat)
         variance = bridge_variance(epoch_means(v, batch, dataset_size), batch, dataset_size)
-    if gradient == "independent":
-        variance = variance + diffusion_variance(v)
-    return _Path(mean_z(float(z[0]), m, c, v_layers)[states], variance[states])
+    of_reference = diffusion_variance(v if gradient == "independent" else np.zeros_like(v))
+    return _Path(mean_z(float(z[0]), m, c, v_layers)[states], variance[states], of_reference[states])
 
 
 def forecast(

@@ -186,6 +186,14 @@ def test_drift_of_a_reference_gradient(mlp_case, kind):
         sde(monitor.history, gradient="full" if kind == "independent" else "independent")
 
 
+def test_moments_are_over_the_training_batches_alone(mlp_case):
+    """The noise of an independent reference is an error of the estimate, and no spread of K (theory 2.5, 2.7)."""
+    monitor, _, _ = reference_run(mlp_case, "independent")
+    found, batch = moments(monitor.history, gradient="independent"), moments(monitor.history, gradient="batch")
+    np.testing.assert_allclose(found.z_sd, batch.z_sd)
+    np.testing.assert_allclose(found.log_mean, found.z_mean + batch.z_sd**2 / 2)
+
+
 def test_forecast_freezes_the_terms(mlp_case):
     monitor = monitored(mlp_case, steps=10)
     rows = [row for row in monitor.history if row["layer"] == "2"]
