@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["batch_dims", "check_settings", "check_types", "checked_sinks", "innermost"]
+__all__ = ["batch_dims", "check_dataset_size", "check_settings", "check_types", "checked_sinks", "innermost"]
 
 
 def innermost(optimizer: Any) -> Any:
@@ -81,6 +81,11 @@ def check_settings(
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"expected {name} to be {' or '.join(map(repr, allowed))}, got {value!r}")
+    check_dataset_size(dataset_size)
+
+
+def check_dataset_size(dataset_size: object) -> None:
+    """Raise unless it is a number of samples, or None."""
     if dataset_size is not None and not _whole(dataset_size, 1):
         raise ValueError(f"expected dataset_size to be a positive whole number or None, got {dataset_size!r}")
 

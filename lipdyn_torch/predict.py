@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lipdyn_torch._settings import check_dataset_size
 from lipdyn_torch.dynamics import (
     bridge_variance,
     diffusion_variance,
@@ -162,7 +163,15 @@ def sde(
     sampling : {"iid", "shuffle"}, optional
         How batches are drawn; decides the band (theory 2.10). Default: what the monitor was told.
     dataset_size : int, optional
-        Number of samples of an epoch, needed for the band with "shuffle"; without it the band is NaN, with a warning.
+        Number of samples of an epoch, at least a batch, needed for the band with "shuffle"; without it the band is NaN,
+        with a warning. Default: what the monitor was told.
+
+    Notes
+    -----
+    Between monitored steps the epochs are counted from the first one on, with batches of the most frequent size. Where
+    the data are no multiple of it, the smaller last batch of an epoch is taken to be made use of, as data loaders do
+    by themselves, unless a batch of full size was seen in its place. Where other sizes occur, each holds until the
+    next monitored step.
 
     Examples
     --------
@@ -284,8 +293,9 @@ def _path(
     dataset_size: int | None,
     independent_layers: bool = False,
 ) -> _Path:
-    sampling = sampling or frame.attrs.get("sampling", "shuffle")
-    dataset_size = dataset_size or frame.attrs.get("dataset_size")
+    sampling = frame.attrs.get("sampling", "shuffle") if sampling is None else sampling
+    dataset_size = int(dataset_size) if isinstance(dataset_size, np.integer) else dataset_size
+    check_dataset_size(dataset_size)
     if sampling not in ("iid", "shuffle"):
         raise ValueError(f"expected sampling 'iid' or 'shuffle', got {sampling!r}")
     rows = _rows(frame, layer)
@@ -300,14 +310,47 @@ def _path(
     states = np.append(0, np.cumsum(repeat))
     if sampling == "iid":
         variance = diffusion_variance(v)
-    elif dataset_size is None:
-        warnings.warn(NO_SIZE, stacklevel=3)
+    elif (size := _epoch_size(frame, rows, dataset_size)) is None:
         variance = np.full(len(v) + 1, np.nan)
     else:
-        batch = np.repeat(rows["batch"].to_numpy(float), repeat)
-        variance = bridge_variance(epoch_means(v, batch, dataset_size), batch, dataset_size)
+        held = np.repeat(rows["batch"].to_numpy(float), repeat)
+        batch = _batches(held, states[:-1], size)
+        of_batch = v * np.divide(held, batch, out=np.ones_like(v), where=batch > 0)  # the noise goes with 1/M
+        variance = bridge_variance(epoch_means(of_batch, batch, size), batch, size)
     of_reference = diffusion_variance(v if gradient == "independent" else np.zeros_like(v))
     return _Path(mean_z(float(z[0]), m, c, v_layers)[states], variance[states], of_reference[states])
+
+
+def _epoch_size(frame: pd.DataFrame, rows: pd.DataFrame, given: int | None) -> int | None:
+    """Number of samples of an epoch, as given or as the monitor was told; None, with a warning, where unknown."""
+    size, largest = frame.attrs.get("dataset_size") if given is None else given, rows["batch"].max()
+    if size is None:
+        warnings.warn(NO_SIZE, stacklevel=4)
+    elif size < largest:
+        message = f"expected dataset_size to be at least a batch of {largest:g}, got {size}"
+        if given is not None:
+            raise ValueError(f"{message}; give the number of samples of an epoch, not of batches")
+        warnings.warn(f"{message} by the monitor: the band is NaN; give dataset_size here", stacklevel=4)
+        return None
+    return size
+
+
+def _batches(held: NDArray[np.float64], monitored: NDArray[np.int64], size: int) -> NDArray[np.float64]:
+    """Batch of every step, from the last monitored one before it: each epoch has one smaller batch, or none."""
+    seen = held[monitored]
+    sizes, counts = np.unique(seen[seen > 0], return_counts=True)  # frozen layers see no samples
+    if len(monitored) == len(held) or len(sizes) == 0:
+        return held
+    usual = float(sizes[counts == counts.max()][-1])
+    last = size % usual
+    if last == 0 or not set(sizes) <= {usual, last}:
+        return held
+    steps = int(size // usual) + 1
+    ends = np.arange(len(held)) % steps == steps - 1
+    dropped = last not in sizes and bool(np.any(seen[ends[monitored]] == usual))
+    batch = np.full(len(held), usual) if dropped else np.where(ends, last, usual)
+    batch[monitored] = seen
+    return np.where(held == 0, 0.0, batch)
 
 
 def forecast(

@@ -222,6 +222,67 @@ def test_shuffled_band_closes_at_the_end_of_an_epoch(mlp_case):
         assert np.isnan(sde(history).half_width).all()
 
 
+def epochs_of(sizes, epochs, every, samples):
+    """A history of equal noise in each sample, its batches of the given sizes in every epoch."""
+    names = ("0", "network")
+    row = {"lr": 1.0, "eps": 0.1, "mu": 0.0, "kappa": 0.0, "dz": 0.0, "z": 0.0, "status": "ok"}
+    rows = [
+        {**row, "step": k, "layer": name, "batch": sizes[k % len(sizes)], "lambda_sq": 1 / sizes[k % len(sizes)]}
+        for k in range(0, epochs * len(sizes), every)
+        for name in names
+    ]
+    return History(rows, {"sampling": "shuffle", "dataset_size": samples})
+
+
+@pytest.mark.parametrize("every", [2, 3, 4, 5, 7, 10])
+@pytest.mark.parametrize(("sizes", "samples"), [([64] * 15 + [40], 1000), ([50] * 20, 1000), ([64] * 15, 1000)])
+def test_epochs_are_counted_between_monitored_steps(every, sizes, samples):
+    """The band is that of a run with every step monitored, and of all orders in which samples are drawn."""
+    dropped = sum(sizes) < samples
+    if dropped and every % 2 == 0:
+        pytest.skip("no monitored step shows that the last batch is left out")
+    history, whole = (epochs_of(sizes, 8, e, samples) for e in (every, 1))
+    found, truth = sde(history), sde(whole)
+    np.testing.assert_allclose(found.half_width, truth.half_width[found.step], atol=1e-7)
+    per_epoch = (1 / np.array(sizes)).sum() - len(sizes) ** 2 / samples  # sum of 1/M - (number of batches)^2 / N
+    of_epochs = dict(zip(found.step.tolist(), found.half_width.tolist(), strict=True))
+    for epoch in range(9):
+        if (at := epoch * len(sizes)) in of_epochs:
+            assert of_epochs[at] == pytest.approx((max(epoch * per_epoch, 0.0)) ** 0.5, abs=1e-7)
+
+
+def test_a_last_batch_that_is_never_seen_is_taken_to_be_there():
+    seen = [sde(epochs_of(sizes, 8, 4, 1000)).half_width[:30] for sizes in ([64] * 15, [64] * 15 + [40])]
+    np.testing.assert_array_equal(*seen)
+
+
+def test_batches_of_odd_sizes_hold():
+    found = sde(epochs_of([8, 4, 2, 16], 6, 3, 60))
+    held = np.repeat([8, 16, 2, 4, 8, 16, 2, 4], 3)[:22]
+    bridge = dynamics.bridge_variance(1 / held, held, 60)
+    np.testing.assert_allclose(found.half_width, np.sqrt(bridge[[0, 3, 6, 9, 12, 15, 18, 21, 22]]))
+
+
+@pytest.mark.parametrize("size", [0, -5, 2.5, "64", True, math.nan])
+def test_dataset_sizes_that_are_none(size):
+    history = epochs_of([16] * 4, 1, 1, 64)
+    for function in (sde, lambda h, **kw: moments(h, gradient="batch", **kw)):
+        for sampling in ("shuffle", "iid"):
+            with pytest.raises(ValueError, match="expected dataset_size to be a positive whole number or None, got"):
+                function(history, sampling=sampling, dataset_size=size)
+
+
+def test_dataset_size_below_a_batch():
+    with pytest.raises(ValueError, match="expected dataset_size to be at least a batch of 16, got 4; give the number"):
+        sde(epochs_of([16] * 4, 1, 1, 64), dataset_size=4)
+    told = epochs_of([16] * 4, 1, 1, 4)
+    with pytest.warns(UserWarning, match="at least a batch of 16, got 4 by the monitor: the band is NaN"):
+        assert np.isnan(sde(told).half_width).all()
+    assert sde(told, dataset_size=np.int64(64)).half_width[2] > 0
+    with pytest.raises(ValueError, match="expected sampling 'iid' or 'shuffle', got ''"):
+        sde(told, sampling="")
+
+
 @pytest.mark.parametrize("given", ["history.jsonl", [1, 2], None])
 def test_what_is_no_history(given):
     with pytest.raises(TypeError, match=r"expected a History, such as monitor.history .*, got (str|list|NoneType)"):
