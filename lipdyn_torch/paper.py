@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lipdyn_torch.history import NETWORK, History, as_frame
-from lipdyn_torch.predict import observed
+from lipdyn_torch.predict import observed, parts_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,8 +76,7 @@ def _start(history: History | pd.DataFrame) -> float:
 
 def _sums(history: History | pd.DataFrame, column: str) -> Array:
     """Sum over the layers in each step; layers with a smaller learning rate count for as much less of the time."""
-    frame = as_frame(history)
-    layers = frame[frame["layer"] != NETWORK]
+    layers = parts_of(as_frame(history))
     eta = layers.groupby("step")["lr"].transform("max")
     share = (layers[column] * layers["lr"] / eta.where(eta > 0, 1.0)).groupby(layers["step"], sort=True)
     return np.asarray(share.agg(lambda x: x.sum(skipna=False)), dtype=np.float64)

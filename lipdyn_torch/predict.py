@@ -265,7 +265,7 @@ def increments(history: History | pd.DataFrame, layer: str = NETWORK) -> pd.Data
     frame = _moves(history)
     rows = _rows(frame, layer)
     m, c, v = step_increments(rows["lr"], rows["mu"], rows["kappa"], rows["lambda_sq"])
-    own = frame[frame["layer"] != NETWORK] if layer == NETWORK else rows
+    own = parts_of(frame, layer)
     d, e = discrete_increments(own["lr"], own["mu"], own["gHg"], own["sigma"])
     sums = pd.DataFrame({"step": own["step"].to_numpy(), "d": d, "e": e}).groupby("step", sort=True)
     of_layers = {name: sums[name].agg(lambda x: x.sum(skipna=False)).to_numpy() for name in ("d", "e")}
@@ -416,7 +416,7 @@ def _drift_column(frame: pd.DataFrame, gradient: str) -> str:
 
 
 def _sum_of_layer_variances(frame: pd.DataFrame) -> NDArray[np.float64]:
-    layers = frame[frame["layer"] != NETWORK]
+    layers = parts_of(frame)
     v = layers["lr"] * layers["lambda_sq"]
     sums = v.groupby(layers["step"], sort=True).agg(lambda x: x.sum(skipna=False))
     return np.asarray(sums, dtype=np.float64)
@@ -425,10 +425,10 @@ def _sum_of_layer_variances(frame: pd.DataFrame) -> NDArray[np.float64]:
 def _certificate(history: History | pd.DataFrame, order: int, layer: str) -> NDArray[np.float64]:
     """Cumulative certified bound of the error of log sigma (theory 1.9): summed over steps, and over layers."""
     frame = as_frame(history)
-    layers = frame[frame["layer"] != NETWORK] if layer == NETWORK else _rows(history, layer)
-    steps = np.unique(frame["step"].to_numpy(int))
-    if len(layers) == 0:
+    steps = _rows(frame, layer)["step"].to_numpy(int)
+    if (frame["layer"] == NETWORK).all():
         return np.full(len(steps) + 1, np.nan)
+    layers = parts_of(frame, layer)
     known = order == 2 and "bound" in layers  # the monitor's own, which holds for clusters too
     eps, gap, sigma = (layers[name].to_numpy(float) for name in ("eps", "gap", "sigma"))
     estimate = sigma * np.exp(layers[f"dz{order}"].to_numpy(float))
@@ -448,6 +448,21 @@ def measured(history: History | pd.DataFrame) -> pd.DataFrame:
     if len(frame) == 0:
         raise ValueError("expected a history with rows, got one without any: no step has been measured yet")
     return frame
+
+
+def parts_of(frame: pd.DataFrame, layer: str = NETWORK) -> pd.DataFrame:
+    """The rows of the layers that make up the network, at each of its steps; of one layer its own."""
+    rows = _rows(frame, layer)
+    if layer != NETWORK:
+        return rows
+    layers = frame[frame["layer"] != NETWORK]
+    steps = rows["step"].to_numpy()
+    counts = layers.groupby(["step", "layer"]).size().unstack(fill_value=0).reindex(steps, fill_value=0).to_numpy()
+    wrong = [*steps[(counts != 1).any(axis=1)], *layers["step"][~layers["step"].isin(steps)]]
+    if len(layers) == 0 or wrong:
+        got = "those of the network only" if len(layers) == 0 else f"others at step {wrong[0]}"
+        raise ValueError(f"expected a row of each layer at every step, got {got}; give the whole history")
+    return layers
 
 
 def from_known(history: History | pd.DataFrame, layer: str = NETWORK) -> pd.DataFrame:
@@ -476,6 +491,8 @@ def _rows(history: History | pd.DataFrame, layer: str) -> pd.DataFrame:
     if len(rows) == 0:
         names = ", ".join(map(repr, frame["layer"].unique()))
         raise ValueError(f"expected a layer of the history, got {layer!r}; there are {names}")
+    if (np.diff(rows["step"].to_numpy(np.int64)) <= 0).any():
+        raise ValueError("expected one row of a layer at each step, in their order, got others; sort them by step")
     return rows
 
 

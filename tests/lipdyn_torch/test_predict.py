@@ -256,6 +256,43 @@ def test_a_last_batch_that_is_never_seen_is_taken_to_be_there():
     np.testing.assert_array_equal(*seen)
 
 
+def test_the_network_needs_its_layers(mlp_case):
+    frame = monitored(mlp_case, steps=4, sampling="iid").history.to_pandas()
+    alone = frame[frame["layer"] == "network"]
+    needing = (
+        sde,
+        increments,
+        lambda h: moments(h, gradient="batch"),
+        lambda h: forecast(h, 2),
+        paper.mu_Z,
+        paper.variance_Z,
+    )
+    for function in needing:
+        with pytest.raises(ValueError, match="expected a row of each layer at every step, got those of the network"):
+            function(alone)
+    assert np.isnan(pathwise(alone).half_width).all()
+    assert pathwise(alone).predicted == pytest.approx(pathwise(frame).predicted)
+    without = [
+        frame[(frame["step"] != 1) | (frame["layer"] != "2")],
+        frame[(frame["step"] != 1) | (frame["layer"] == "network")],
+    ]
+    for torn in without:
+        for function in (*needing, pathwise):
+            with pytest.raises(ValueError, match="expected a row of each layer at every step, got others at step 1"):
+                function(torn)
+        assert len(sde(torn, "0").predicted) == (4 if torn is without[1] else 5)
+
+
+def test_rows_out_of_order(mlp_case):
+    frame = monitored(mlp_case, steps=4, sampling="iid").history.to_pandas()
+    for torn in (frame.iloc[::-1], frame.loc[frame.index.repeat(2)]):
+        for function in (sde, pathwise, increments, paper.integral_Z):
+            with pytest.raises(
+                ValueError, match="expected one row of a layer at each step, in their order, got others"
+            ):
+                function(torn)
+
+
 def test_batches_of_odd_sizes_hold():
     found = sde(epochs_of([8, 4, 2, 16], 6, 3, 60))
     held = np.repeat([8, 16, 2, 4, 8, 16, 2, 4], 3)[:22]
