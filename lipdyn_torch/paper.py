@@ -3,7 +3,7 @@
 They are what the paper prints, with its assumptions: layers are independent, batches are drawn independently, and the
 terms do not depend on the path. Where they differ from what `lipdyn_torch.predict` does, theory 2.5 to 2.10 say why.
 Every function takes a history; the integrals are sums over the monitored steps with ``dt = eta``, an array of n + 1
-entries each, the first for the start.
+entries each, the first for the start. All begin with the first step at which every log sigma is known.
 
 Letters: ``sigma_l`` largest singular value of layer l, ``J`` and ``H`` its derivatives, ``Sigma`` the covariance of the
 mini-batch gradient, ``eta`` the learning rate, ``Z = sum_l log sigma_l``, ``K = exp Z``.
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lipdyn_torch.history import NETWORK, History, as_frame
-from lipdyn_torch.predict import observed, parts_of
+from lipdyn_torch.history import NETWORK, History
+from lipdyn_torch.predict import from_known, observed, parts_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +76,7 @@ def _start(history: History | pd.DataFrame) -> float:
 
 def _sums(history: History | pd.DataFrame, column: str) -> Array:
     """Sum over the layers in each step; layers with a smaller learning rate count for as much less of the time."""
-    layers = parts_of(as_frame(history))
+    layers = parts_of(from_known(history))
     eta = layers.groupby("step")["lr"].transform("max")
     share = (layers[column] * layers["lr"] / eta.where(eta > 0, 1.0)).groupby(layers["step"], sort=True)
     return np.asarray(share.agg(lambda x: x.sum(skipna=False)), dtype=np.float64)
@@ -84,7 +84,7 @@ def _sums(history: History | pd.DataFrame, column: str) -> Array:
 
 def _integral(history: History | pd.DataFrame, terms: Array) -> Array:
     """From the start to each monitored state; a monitored step stands for all up to the next."""
-    frame = as_frame(history)
+    frame = from_known(history)
     rows = frame[frame["layer"] == NETWORK]
     step, _ = observed(frame)
     duration = np.append(np.diff(step[:-1]), 1) * rows["lr"].to_numpy(float)

@@ -524,6 +524,22 @@ def test_the_formulas_of_the_paper(case):
     np.testing.assert_allclose(found[3][1:], 2 * alone.log_sd[1:], rtol=1e-12)
 
 
+def test_the_formulas_of_the_paper_begin_where_log_sigma_is_known(mlp_case):
+    model = mlp_case.model()
+    torch.nn.init.zeros_(model[4].weight)
+    optimizer = mlp_case.optimizer(model)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for step in range(5):
+            mlp_case.step(model, optimizer, step)
+    later = monitor.history.to_pandas().query("step >= 1")
+    alone = moments(later, gradient="batch", sampling="iid", independent_layers=True)
+    np.testing.assert_allclose(paper.integral_Z(monitor.history), alone.z_mean, rtol=1e-12)
+    for name in paper.__all__:
+        found = getattr(paper, name)(monitor.history)
+        np.testing.assert_array_equal(found, getattr(paper, name)(later))
+        assert not np.isnan(found).any()
+
+
 def test_fisher_information_and_noise(mlp_case):
     """The share of the literal empirical Fisher matrix, seen by J, that is noise."""
     model = mlp_case.model()
