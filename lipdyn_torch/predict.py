@@ -429,17 +429,24 @@ def _certificate(history: History | pd.DataFrame, order: int, layer: str) -> NDA
     if (frame["layer"] == NETWORK).all():
         return np.full(len(steps) + 1, np.nan)
     layers = parts_of(frame, layer)
-    known = order == 2 and "bound" in layers  # the monitor's own, which holds for clusters too
-    eps, gap, sigma = (layers[name].to_numpy(float) for name in ("eps", "gap", "sigma"))
-    estimate = sigma * np.exp(layers[f"dz{order}"].to_numpy(float))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        remainder = gap / 2 * eps ** (order + 1) / (1 - eps)
-        bound = -np.log1p(-remainder / estimate)  # the truth is at least estimate - remainder
-    bound = np.where((eps < 1) & (remainder < estimate), bound, np.where(np.isnan(eps), np.nan, np.inf))
-    if known:
-        bound = layers["bound"].to_numpy(float)
+    bound = layers["bound"].to_numpy(float) if "bound" in layers else np.zeros(len(layers))
+    if order != 2 or "bound" not in layers:  # the monitor's own holds for clusters too
+        bound = _bound(layers, order, bound)
     per_step = [bound[layers["step"].to_numpy(int) == step].sum() for step in steps]
     return np.concatenate([[0.0], np.cumsum(per_step)])
+
+
+def _bound(layers: pd.DataFrame, order: int, of_second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Bound of the error of log sigma in each step, from the remainder of the series and, for rounding, that of dz2."""
+    eps, gap, sigma = (layers[name].to_numpy(float) for name in ("eps", "gap", "sigma"))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        estimate, second = (sigma * np.exp(layers[f"dz{n}"].to_numpy(float)) for n in (order, 2))
+        remainder, its = (gap / 2 * eps ** (n + 1) / (1 - eps) for n in (order, 2))
+        # the bound of dz2 allows for rounding of singular values of whatever matrix, which only the monitor has seen
+        remainder += np.fmax(second * np.expm1(of_second) - its, 0.0)
+        bound = -np.log1p(-remainder / estimate)  # the truth is at least estimate - remainder
+        bound += 2.0**-50 * (1.0 + np.abs(np.log(sigma)))  # of the logarithms
+    return np.where((eps < 1) & (remainder < estimate), bound, np.where(np.isnan(eps), np.nan, np.inf))
 
 
 def measured(history: History | pd.DataFrame) -> pd.DataFrame:

@@ -87,6 +87,14 @@ def test_certificate_is_never_violated(case, order):
     assert certified > 20
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_certificate_allows_for_rounding(mlp_case, order):
+    """Of steps so short that the remainder of the series is far below the rounding of singular values."""
+    prediction = pathwise(monitored(mlp_case, steps=20, lr=1e-5).history, order)
+    assert (np.abs(prediction.error) <= prediction.half_width).all()
+    assert prediction.half_width[-1] < (1e-6 if order == 1 else 1e-11)
+
+
 @pytest.mark.parametrize("lr", [0.3, 1.0, 5.0])
 def test_certificate_holds_beyond_eps_one(mlp_case, lr):
     """There the bound is the cluster's: convexity from below, the norm of the step from above."""
