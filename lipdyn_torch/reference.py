@@ -23,7 +23,8 @@ class MeanGradient:
     Parameters
     ----------
     batches : iterable
-        A data loader, say; each batch is passed on to ``loss``, and counts by the length of its first tensor.
+        A data loader, say, that can be gone through again and again; each batch is passed on to ``loss``, and counts
+        by the length of its first tensor.
     loss : callable
         ``loss(model, batch)``, the mean loss of one batch.
     kind : {"full", "independent"}
@@ -52,6 +53,14 @@ class MeanGradient:
     def __init__(self, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor], kind: str = "full") -> None:
         if kind not in ("full", "independent"):
             raise ValueError(f"expected kind 'full' or 'independent', got {kind!r}")
+        if isinstance(batches, str | bytes | Mapping) or not hasattr(type(batches), "__iter__"):
+            raise TypeError(f"expected batches, such as a data loader or a list of them, got {type(batches).__name__}")
+        if isinstance(batches, Iterator):  # used up after one pass, in the midst of a training
+            raise TypeError(
+                f"expected batches that can be gone through again, got a {type(batches).__name__}; give its list(...)"
+            )
+        if not callable(loss):
+            raise TypeError(f"expected loss(model, batch) to be callable, got {type(loss).__name__}")
         self.batches, self.loss, self.kind = batches, loss, kind
         self._next: Iterator[Any] = iter(())
 
@@ -123,7 +132,13 @@ def _by_backward(loss: Tensor, named: dict[str, nn.Parameter]) -> dict[str, Tens
 
 def _length(batch: Any) -> int:
     """Samples in a batch: the length of its first tensor."""
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor) and batch.ndim > 0:
         return len(batch)
-    values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+    values = list(batch.values() if isinstance(batch, Mapping) else batch) if _holds_others(batch) else []
+    if not values:
+        raise TypeError(f"expected a batch that begins with a tensor of samples, got {type(batch).__name__}")
     return _length(values[0])
+
+
+def _holds_others(batch: Any) -> bool:
+    return isinstance(batch, Iterable) and not isinstance(batch, Tensor | str | bytes)

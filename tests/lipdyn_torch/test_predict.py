@@ -194,6 +194,27 @@ def test_drift_of_a_reference_gradient(mlp_case, kind):
         sde(monitor.history, gradient="full" if kind == "independent" else "independent")
 
 
+@pytest.mark.parametrize("batches", ["abc", 3, None, {"x": torch.ones(2, 6)}, object()])
+def test_a_reference_needs_batches(batches):
+    with pytest.raises(TypeError, match=r"expected batches, such as a data loader or a list of them, got \w+"):
+        MeanGradient(batches, lambda model, x: model(x).sum())
+
+
+@pytest.mark.parametrize("kind", ["full", "independent"])
+def test_a_reference_is_gone_through_again(kind):
+    for once in ((torch.ones(2, 6) for _ in range(3)), iter([torch.ones(2, 6)])):
+        with pytest.raises(TypeError, match=r"expected batches that can be gone through again, got a \w+; give"):
+            MeanGradient(once, lambda model, x: model(x).sum(), kind)
+    with pytest.raises(TypeError, match=r"expected loss\(model, batch\) to be callable, got float"):
+        MeanGradient([torch.ones(2, 6)], 0.5, kind)
+
+
+@pytest.mark.parametrize("batch", ["abc", [], ["a"], 3, torch.tensor(1.0), [[2.0]]])
+def test_a_batch_begins_with_samples(batch):
+    with pytest.raises(TypeError, match="expected a batch that begins with a tensor of samples, got"):
+        MeanGradient([batch], lambda model, x: model(x).sum())(torch.nn.Linear(6, 2))
+
+
 def test_moments_are_over_the_training_batches_alone(mlp_case):
     """The noise of an independent reference is an error of the estimate, and no spread of K (theory 2.5, 2.7)."""
     monitor, _, _ = reference_run(mlp_case, "independent")
