@@ -308,14 +308,15 @@ def ldexp(x: Array, e: Array, xp: Namespace) -> Array:
     return x
 
 
-def finite(x: Array, what: str, xp: Namespace) -> Array:
+_OF_DIRECTIONS = "scale the directions down (order n scales with the n-th power), or the matrix up, or use float64"
+OF_MATRIX = "scale the matrix and the direction down by the same factor"
+
+
+def finite(x: Array, what: str, xp: Namespace, advice: str = _OF_DIRECTIONS) -> Array:
     """Return x, or raise OverflowError where it left the range of its dtype."""
     if bool(xp.all(xp.isfinite(x))):
         return x
-    raise OverflowError(
-        f"expected the {what} within the range of {dtype_name(x)}, got an overflow; scale the directions down "
-        "(order n scales with the n-th power), or the matrix up, or use float64"
-    )
+    raise OverflowError(f"expected the {what} within the range of {dtype_name(x)}, got an overflow; {advice}")
 
 
 def scalar(x: Array) -> Any:

@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from specpert._arrays import (
+    OF_MATRIX,
     Array,
     Namespace,
     array,
     dtype_name,
     eps,
     exponent,
+    finite,
     is_complex,
     ldexp,
     magnitude,
@@ -190,6 +192,8 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
     ------
     DegenerateSingularValueError, ZeroSingularValueError, NonFiniteError, IndexError, TypeError, ValueError
         As :func:`sigma_series`.
+    OverflowError
+        The value exceeds the range of the dtype.
 
     Examples
     --------
@@ -223,10 +227,10 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
         delta = safe - h - xp.abs(theta)
         valid = (2 * h < safe) & (delta > 0)
         sharp = rho_squared / xp.where(valid, delta, xp.ones_like(delta))
-    finite = xp.isfinite(theta) & xp.isfinite(rho_squared) & ~huge[..., None]
-    shift = xp.where(valid & finite, theta, xp.zeros_like(theta))
+    valid = valid & xp.isfinite(theta) & xp.isfinite(rho_squared) & ~huge[..., None]
+    shift = xp.where(valid, theta, xp.zeros_like(theta))
     unit = float(xp.finfo(triplet._dtype).eps)  # value and bound are rounded to it
-    bound = xp.where(valid & finite, sharp, h) + margin + unit * (triplet._values + xp.abs(shift))
+    bound = xp.where(valid, sharp, h) + margin + unit * (triplet._values + xp.abs(shift))
     bound = bound * (1 + 2 * unit)
     eps_step = xp.where(huge[..., None], xp.full_like(bound, math.inf), 2 * h / triplet._gap)
     results = (
@@ -234,7 +238,9 @@ def kato_temple(A: Any, H: Any, *, k: int | list[int] = 0, order: int = 1) -> En
         _upward(bound, power[..., None] + 0 * bound, triplet),
         eps_step,
     )
-    return Enclosure(*(scalar(triplet._result(triplet._pick(x))) for x in results))
+    value, bound, eps_step = (triplet._result(triplet._pick(x)) for x in results)
+    finite(value, "value", xp, OF_MATRIX)  # no finite bound encloses an infinite one
+    return Enclosure(scalar(value), scalar(bound), scalar(eps_step))
 
 
 def _rayleigh(triplet: SingularTriplet, step: Any, order: int) -> tuple[Array, Array]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from specpert._arrays import (
+    OF_MATRIX,
     Array,
     adjoint,
     array,
@@ -142,6 +143,8 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
     ------
     NonFiniteError, IndexError, TypeError, ValueError
         An argument is not as described.
+    OverflowError
+        The value, or a derivative, exceeds the range of the dtype.
 
     Examples
     --------
@@ -179,13 +182,15 @@ def one_sided_derivatives(A: Any, H: Any, *, k: int = 0, gap_tol: float | None =
         first = adjoint(U0, xp) @ H @ V0
         second = ((adjoint(U0, xp) @ H @ W) / s[:rank]) @ (adjoint(Y, xp) @ H @ V0)  # U_0^* H A^+ H V_0
         of_zero = partial(_of_zero, first, second, e, t)
-        return OneSided(tuple(range(rank, len(values))), 0.0, ldexp(xp.linalg.svdvals(first), t, xp), of_zero)
+        derivatives = finite(ldexp(xp.linalg.svdvals(first), t, xp), "derivatives", xp)
+        return OneSided(tuple(range(rank, len(values))), 0.0, derivatives, of_zero)
     cluster = tuple(range(low, high + 1))
     series = sigma_series(A, H, 2, k=cluster)
     first = series.effective_matrices[1, :, :]
     derivatives = xp.sort(xp.linalg.eigvalsh((first + adjoint(first, xp)) / 2), descending=True)
-    value = float(ldexp(s[index], e, xp))
-    return OneSided(cluster, value, ldexp(derivatives, t, xp), partial(_of_tie, series, e, t))
+    value = float(finite(ldexp(s[index], e, xp), "value", xp, OF_MATRIX))
+    derivatives = finite(ldexp(derivatives, t, xp), "derivatives", xp)
+    return OneSided(cluster, value, derivatives, partial(_of_tie, series, e, t))
 
 
 def _of_zero(first: Array, second: Array, e: Array, t: Array, x: float) -> Array:

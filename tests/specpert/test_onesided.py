@@ -217,3 +217,20 @@ def test_a_step_too_large_to_enclose_has_the_bound_of_weyl():
         found = kato_temple(A, H, order=order)
         assert found.value == 3.0
         assert math.isclose(found.bound, 40.0)
+
+
+def test_what_leaves_the_range_of_floats():
+    """An infinite value with a finite bound would be a false certificate."""
+    A, H = np.array([[1.5e308, 1.5e308], [0.0, 1e307]]), np.array([[1.0, 2.0], [0.5, 1.0]])
+    for function in (kato_temple, one_sided_derivatives):
+        with pytest.raises(
+            OverflowError, match="expected the value within the range of float64, got an overflow; scale"
+        ):
+            function(A, H)
+        assert np.isfinite(function(A / 2**1000, H / 2**1000).value)
+    for matrix in (np.array([[2.0, 1.0], [1.0, 2.0]]), np.zeros((2, 2))):
+        with pytest.raises(
+            OverflowError, match="expected the derivatives within the range of float64, got an overflow"
+        ):
+            one_sided_derivatives(matrix, np.full((2, 2), 1.2e308))
+    assert kato_temple(np.diag([2.0, 1.0]), np.full((2, 2), 1.2e308)).bound == np.inf
