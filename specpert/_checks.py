@@ -68,6 +68,26 @@ def check_order(order: Any, least: int) -> int:
     return checked
 
 
+def check_choice(value: Any, name: str, choices: Sequence[str]) -> None:
+    """Raise unless value is one of the words."""
+    if not (isinstance(value, str) and value in choices):
+        words = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+        raise ValueError(f"expected {name} to be {words}, got {reprlib.repr(value)}")
+
+
+def check_count(value: Any, name: str) -> None:
+    """Raise unless value is a positive int."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"expected {name} to be an integer >= 1, got {reprlib.repr(value)}")
+
+
+def check_callables(**functions: Any) -> None:
+    """Raise unless each can be called."""
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"expected {name} to be a function, got {type(function).__name__}")
+
+
 def check_fraction(value: Any, name: str) -> None:
     """Raise unless value is a real number in [0, 1)."""
     if not isinstance(value, numbers.Real):

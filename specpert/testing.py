@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from specpert._arrays import ldexp
+from specpert._checks import check_callables, check_choice, check_count
 from specpert.derivative import sigma_derivative
 from specpert.series import ClusterSeries, sigma_series
 
@@ -144,6 +145,8 @@ def check_series(
     AssertionError: expected lam_2 = 1.66666...e-01 (samples on a circle), got 2.500000000000e-01: off by 8.333e-02...
     """
     __tracebackhide__ = True
+    if digits is not None:
+        check_count(digits, "digits")
     if computed is None:
         series = sigma_series(A, coefficients, order, k=k)  # type: ignore[arg-type]
         computed = series.mean if isinstance(series, ClusterSeries) else series.coefficients
@@ -232,10 +235,8 @@ def check_derivative(
     True
     """
     __tracebackhide__ = True
-    if computes not in ("derivative", "sigma"):
-        raise ValueError(f"expected computes to be 'derivative' or 'sigma', got {computes!r}")
-    if not callable(function):
-        raise TypeError(f"expected a function to check, got {type(function).__name__}")
+    check_choice(computes, "computes", ("derivative", "sigma"))
+    check_callables(function=function)
     A = np.asarray(A) if isinstance(A, list | tuple) else A
     one = directions is not None and not _is_sequence(directions)
     given = [] if directions is None else [directions] * order if one else list(directions)
@@ -248,6 +249,7 @@ def check_derivative(
     if computes == "sigma":
         if not given:
             raise ValueError("expected a direction to sample sigma along, got directions=None")
+        given = [np.asarray(H) if isinstance(H, list | tuple) else H for H in given]
         return _against_sigma(function, A, given, one, k, ours, factor)
     theirs = _numpy(function(A) if directions is None else function(A, directions))
     expected = _numpy(ours)
@@ -305,7 +307,7 @@ def check_certificate(
     AssertionError
         An error exceeds its bound, or a bound inside the radius is not finite.
     ValueError
-        The certified radius is zero, so that nothing is claimed.
+        The certified radius is zero, so that nothing is claimed; A or a direction is a stack.
     SpecpertError, IndexError, TypeError
         As :func:`specpert.sigma_series`.
 
@@ -317,6 +319,13 @@ def check_certificate(
     ((4,), True)
     """
     __tracebackhide__ = True
+    check_count(samples, "samples")
+    if digits is not None:
+        check_count(digits, "digits")
+    if _is_several(k):
+        raise TypeError(f"expected one index k or the tuple of a cluster, got {k!r}; check one value at a time")
+    if any(len(np.shape(X)) > 2 for X in (A, *(coefficients if _is_sequence(coefficients) else [coefficients]))):
+        raise ValueError("expected one matrix and one direction or family, got a stack; check one matrix at a time")
     if series is None:
         series = sigma_series(A, coefficients, order, k=k)
     lam = _numpy(series.mean if isinstance(k, tuple) else series.coefficients)

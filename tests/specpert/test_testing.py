@@ -491,3 +491,33 @@ def test_a_claim_of_convergence_everywhere_is_tried():
 
     with pytest.raises(AssertionError):
         check_certificate(A, H, 6, series=Boasting(sigma_series(A, H, 6)))
+
+
+@pytest.mark.parametrize("count", [0, -3, 2.5, True, "a"])
+def test_counts_that_are_none(count):
+    A, H = case()
+    for name, call in {
+        "samples": lambda: check_certificate(A, H, 3, samples=count),
+        "digits": lambda: check_certificate(A, H, 3, digits=count),
+        "digits ": lambda: check_series(A, H, 3, digits=count),
+    }.items():
+        with pytest.raises(ValueError, match=f"expected {name.strip()} to be an integer >= 1, got "):
+            call()
+
+
+def test_certificates_are_checked_one_at_a_time():
+    A, H = case()
+    with pytest.raises(TypeError, match=r"expected one index k or the tuple of a cluster, got \[0, 1\]"):
+        check_certificate(A, H, 3, k=[0, 1])
+    stack = np.stack([A, A])
+    for matrix, direction in ((stack, H), (A, np.stack([H, H])), (A, [H, np.stack([H, H])])):
+        with pytest.raises(ValueError, match="expected one matrix and one direction or family, got a stack"):
+            check_certificate(matrix, direction, 3)
+
+
+def test_directions_as_nested_lists():
+    def norm_of(A):
+        return np.linalg.norm(A, 2)
+
+    assert check_derivative(norm_of, [[3.0, 4.0]], [[1.0, 2.0]], 2, computes="sigma").worst < 1
+    assert check_derivative(norm_of, [[3.0, 4.0]], [[[1.0, 2.0]], [[0.0, 1.0]]], 2, computes="sigma").worst < 1
