@@ -100,6 +100,11 @@ def _plain(x: Any) -> Any:
     return x.detach().resolve_conj().resolve_neg() if array_api_compat.is_torch_array(x) else x
 
 
+def as_argument(x: Any, xp: Namespace) -> Array:
+    """A number or an array as an array of the library; a torch tensor for another one comes off its graph."""
+    return xp.asarray(x if array_api_compat.is_torch_namespace(xp) else _plain(x))
+
+
 def namespace(x: Array) -> Namespace:
     """The array API namespace of x."""
     return array_api_compat.array_namespace(x)

@@ -20,6 +20,7 @@ from specpert._arrays import (
     Array,
     Namespace,
     array,
+    as_argument,
     dtype_name,
     eps,
     exponent,
@@ -107,7 +108,7 @@ class Certificate:
     def argument(self, x: Any) -> Array:
         """The argument x of a series as an array that broadcasts with its values, in at least their precision."""
         xp, like = self.triplet._xp, self.triplet._values
-        x = array(x, like, xp, dtype=self.triplet._dtype) if isinstance(x, int | float) else xp.asarray(x)
+        x = array(x, like, xp, dtype=self.triplet._dtype) if isinstance(x, int | float) else as_argument(x, xp)
         if is_complex(x, xp) or not xp.isdtype(x.dtype, ("numeric", "bool")):
             raise TypeError(f"expected x to be real, got {dtype_name(x)}")
         x = (

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from specpert._arrays import Array, adjoint, array, dtype_name, eye, finite, is_complex, ldexp, scalar
-from specpert._checks import check_order
+from specpert._checks import check_choice, check_order
 from specpert._operators import is_operator
 from specpert._recursion import products
 from specpert._subsets import dense_tensor, mixed_cluster_mean, mixed_derivative
@@ -100,10 +100,8 @@ def sigma_derivative(
             "directions go by keyword: sigma_derivative(A, order=2, directions=H)"
         )
     order = check_order(order, 1)
-    if on_degenerate not in ("raise", "cluster"):
-        raise ValueError(f"expected on_degenerate to be 'raise' or 'cluster', got {on_degenerate!r}")
-    if layout not in ("tensor", "vec"):
-        raise ValueError(f"expected layout to be 'tensor' or 'vec', got {layout!r}")
+    check_choice(on_degenerate, "on_degenerate", ("raise", "cluster"))
+    check_choice(layout, "layout", ("tensor", "vec"))
     if gap_tol is None and (fast := fast_coefficients(A, directions, k, order)) is not None:
         return times_factorial(fast[order], order, np)
     given = [] if directions is None else _as_directions(directions, order)

@@ -17,7 +17,7 @@ from specpert._arrays import (
     is_numpy,
     real_dtype,
 )
-from specpert._checks import check_direction, check_fraction
+from specpert._checks import check_choice, check_direction, check_fraction
 from specpert._dense import by_dense
 from specpert._matrix_free import by_operator
 from specpert._operators import as_operator, is_operator
@@ -89,8 +89,7 @@ def singular_triplet(
     >>> float(triplet.sigma), float(triplet.gap)
     (1.0, 2.0)
     """
-    if method not in METHODS:
-        raise ValueError(f"expected method to be one of {METHODS}, got {method!r}")
+    check_choice(method, "method", METHODS)
     check_fraction(rtol, "rtol")
     if isinstance(A, SingularTriplet) and (rtol or dtype is not None):
         raise ValueError("expected no rtol or dtype beside a triplet, which is already made; give them with the matrix")

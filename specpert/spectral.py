@@ -42,7 +42,7 @@ from specpert._arrays import (
     scalar,
     square,
 )
-from specpert._checks import check_direction
+from specpert._checks import check_callables, check_direction
 from specpert._symmetric import (
     GRADIENT,
     HESSIAN,
@@ -217,6 +217,7 @@ class SpectralFunction:
         >>> print(f.value(A), f.quadratic(A, G))  # tr (A + x G)^4 / 4 = 8 + 12 x^2 + ...
         8.0 24.0
         """
+        check_callables(f=f, df=df, d2f=d2f)
         return cls(name, Composite((UserTerm((f, df, d2f)),), Sum(), degree=None, smooth=None))
 
     @classmethod
@@ -239,6 +240,7 @@ class SpectralFunction:
         >>> print(f.quadratic(A, G))  # det (A + x G) = 1 - x^2
         -2.0
         """
+        check_callables(value=value, gradient=gradient, hessian=hessian)
         return cls(name, Symmetric((value, gradient, hessian)))
 
     # --- what they give ---

@@ -11,6 +11,7 @@ from specpert import (
     DegenerateSingularValueError,
     NonFiniteError,
     SpecpertError,
+    SpectralFunction,
     ZeroSingularValueError,
     sigma_derivative,
     sigma_gradient,
@@ -169,3 +170,32 @@ def test_sparse_tensors_and_odd_arguments():
     for x in (math.nan, math.inf):
         with pytest.raises(ValueError, match="expected x to be finite"):
             cluster.values(x)
+
+
+@pytest.mark.parametrize("given", [A, None, 3, "qr", ["svd"]], ids=str)
+def test_words_that_are_none(given):
+    for name, call in {
+        "method": lambda: singular_triplet(A, method=given),
+        "layout": lambda: sigma_derivative(A, 2, layout=given),
+        "on_degenerate": lambda: sigma_derivative(A, 2, directions=H, on_degenerate=given),
+    }.items():
+        with pytest.raises(ValueError, match=f"^expected {name} to be '.*' or '.*', got "):
+            call()
+
+
+def test_functions_that_are_none():
+    with pytest.raises(TypeError, match="expected df to be a function, got NoneType"):
+        SpectralFunction.separable(np.square, None, np.ones_like)
+    with pytest.raises(TypeError, match="expected hessian to be a function, got float"):
+        SpectralFunction.symmetric(np.sum, np.ones_like, 2.0)
+
+
+@pytest.mark.parametrize("k", [0, (0, 1)])
+def test_arguments_that_are_tensors(k):
+    """A NumPy series takes the numbers of a tensor, on a graph or not."""
+    series, x = sigma_series(A, H, 3, k=k), torch.tensor([0.01, 0.02], dtype=torch.float64, requires_grad=True)
+    plain = x.detach().numpy()
+    np.testing.assert_array_equal(series.remainder(x), series.remainder(plain))
+    np.testing.assert_array_equal(series.remainder(torch.tensor(plain + 0j).conj().real), series.remainder(plain))
+    if k == 0:
+        np.testing.assert_array_equal(series(x), series(plain))
