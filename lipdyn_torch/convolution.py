@@ -124,7 +124,7 @@ class ConvolutionOperator:
             raise ValueError(f"expected a kernel (co, ci / groups, *k) of 1 to 3 axes, got shape {tuple(kernel.shape)}")
         if not all_finite(kernel):
             raise ValueError("expected kernel to be finite, got NaN or inf in it")
-        if padding_mode not in _MODES:
+        if not (isinstance(padding_mode, str) and padding_mode in _MODES):
             raise ValueError(f"expected padding_mode among {_MODES}, got {padding_mode!r}")
         if not isinstance(groups, int) or groups < 1 or kernel.shape[0] % groups:
             raise ValueError(f"expected groups to divide the {kernel.shape[0]} output channels, got {groups!r}")
@@ -136,10 +136,10 @@ class ConvolutionOperator:
         self.stride = _sizes(stride, dims, "stride", 1)
         self.dilation = _sizes(dilation, dims, "dilation", 1)
         reach = [d * (k - 1) for d, k in zip(self.dilation, kernel.shape[2:], strict=True)]
-        if padding == "same" and any(s != 1 for s in self.stride):
-            raise ValueError(f"expected stride 1 with padding='same', got {self.stride}")
         if isinstance(padding, str) and padding not in ("same", "valid"):
             raise ValueError(f"expected padding 'same', 'valid' or a number, got {padding!r}")
+        if isinstance(padding, str) and padding == "same" and any(s != 1 for s in self.stride):
+            raise ValueError(f"expected stride 1 with padding='same', got {self.stride}")
         self.padding = sides(padding if isinstance(padding, str) else _sizes(padding, dims, "padding", 0), reach)
         most = {"reflect": [n - 1 for n in self.size], "circular": self.size}.get(padding_mode)
         if most is not None and any(max(p) > limit for p, limit in zip(self.padding, most, strict=True)):
@@ -187,11 +187,11 @@ class ConvolutionOperator:
 
     def apply(self, x: Tensor) -> Tensor:
         """A x for images ``(N, ci, *size)``, in float64: ``(N, co, *out)``."""
-        return self._applied(self.kernel, x.double())
+        return self._applied(self.kernel, _images(x, self.kernel.shape[1] * self.groups, self.size))
 
     def apply_adjoint(self, y: Tensor) -> Tensor:
         """A^T y for images ``(N, co, *out)``, in float64: ``(N, ci, *size)``."""
-        return self._adjoint(self.kernel, y.double())
+        return self._adjoint(self.kernel, _images(y, len(self.kernel), self.out))
 
     def _adjoint(self, kernel: Tensor, y: Tensor) -> Tensor:
         x = y.new_zeros(len(y), kernel.shape[1] * self.groups, *self.size)
@@ -550,11 +550,24 @@ def _torus_norm(W: Tensor, size: Sequence[int], stride: Sequence[int], dilation:
 
 def _sizes(given: Any, dims: int, name: str, least: int) -> list[int]:
     """One number for each axis."""
-    given_ = [given] * dims if isinstance(given, numbers.Integral) else list(given)
+    try:
+        given_ = [given] * dims if isinstance(given, numbers.Integral) else list(given)
+    except TypeError:  # nothing to go through
+        given_ = []
     sizes = [int(x) for x in given_ if isinstance(x, numbers.Integral)]
     if not len(sizes) == len(given_) == dims or min(sizes) < least:
         raise ValueError(f"expected {name} to be one integer of at least {least}, or {dims}, got {given!r}")
     return sizes
+
+
+def _images(x: Any, channels: int, size: list[int]) -> Tensor:
+    """Images of that size, in float64."""
+    shape = ", ".join(map(str, ("N", channels, *size)))
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected images as a tensor ({shape}), got {_kind(x)}")
+    if x.ndim != 2 + len(size) or [*x.shape[1:]] != [channels, *size]:
+        raise ValueError(f"expected images ({shape}), got {_kind(x)}; make an operator for images of that size")
+    return x.double()
 
 
 def _kind(x: object) -> str:

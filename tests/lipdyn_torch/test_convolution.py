@@ -273,6 +273,35 @@ def test_ties_between_frequencies():
         A.gradient()
 
 
+@pytest.mark.parametrize("given", [None, 2.5, [2.5, 2], "ab", torch.tensor(3), object(), [1, 2, 3]], ids=str)
+@pytest.mark.parametrize("name", ["size", "stride", "padding", "dilation"])
+def test_sizes_that_are_none(name, given):
+    with pytest.raises(ValueError, match=f"expected {'.*' if name == 'padding' else name} to be one integer|padding '"):
+        ConvolutionOperator(torch.ones(4, 3, 3, 3), **{"size": 8, name: given})
+    if name == "size":
+        with pytest.raises(ValueError, match="expected size to be one integer of at least 1, or 2, got"):
+            ConvolutionOperator.of(nn.Conv2d(3, 4, 3), given)
+
+
+def test_words_that_are_arrays():
+    for name in ("padding", "padding_mode"):
+        with pytest.raises(ValueError, match=f"expected {name} "):
+            ConvolutionOperator(torch.ones(4, 3, 3, 3), 8, **{name: np.zeros(3)})
+
+
+def test_images_of_another_size():
+    A = ConvolutionOperator(torch.ones(4, 3, 3, 3), (8, 9))
+    for product, channels, size in ((A.apply, 3, (8, 9)), (A.apply_adjoint, 4, (6, 7))):
+        assert len(product(torch.ones(2, channels, *size, dtype=torch.int32))) == 2
+        words = rf"expected images \(N, {channels}, {size[0]}, {size[1]}\), got a tensor .*; make an operator"
+        for shape in ((2, channels, 20, 20), (2, channels + 1, *size), (channels, *size), ()):
+            with pytest.raises(ValueError, match=words):
+                product(torch.ones(shape))
+        for given in (None, 2.5, np.ones((2, channels, *size))):
+            with pytest.raises(TypeError, match=r"expected images as a tensor \(N, .*\), got "):
+                product(given)
+
+
 def test_every_way_to_reshape():
     """The least of them is below each of the four of the literature (theory 3.1)."""
     torch.manual_seed(0)
