@@ -427,6 +427,10 @@ def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
     >>> type(find_rule(MyLinear())).__name__
     'LinearRule'
     """
+    if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        raise TypeError(f"expected a class of modules, such as torch.nn.Linear, got {module_type!r}")
+    if not isinstance(rule, LayerRule):
+        raise TypeError(f"expected an instance of LayerRule, such as LinearRule(), got {rule!r}")
     _RULES[module_type] = rule
 
 

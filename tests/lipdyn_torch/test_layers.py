@@ -394,3 +394,14 @@ def test_bags_without_entries():
     assert not p.dense().any()
     assert not q.any()
     assert "mode 'max'" in unsupported_reason(nn.EmbeddingBag(7, 3, mode="max"))
+
+
+def test_rules_that_are_none():
+    linear = nn.Linear(2, 2)
+    for module in (linear, None, int, "Linear"):
+        with pytest.raises(TypeError, match=r"expected a class of modules, such as torch\.nn\.Linear, got "):
+            register_rule(module, find_rule(linear))
+    for rule in (LayerRule, None, print):
+        with pytest.raises(TypeError, match=r"expected an instance of LayerRule, such as LinearRule\(\), got "):
+            register_rule(nn.Bilinear, rule)
+    assert find_rule(nn.Bilinear(2, 2, 2)) is None
