@@ -244,8 +244,10 @@ def log_sd_k(log_mean_k: ArrayLike, var_z: ArrayLike) -> NDArray[np.float64]:
     >>> bool(np.isclose(np.exp(log_sd_k(0.0, np.log(2.0))), 1.0))
     True
     """
+    var_z = np.asarray(var_z, dtype=float)
     with np.errstate(divide="ignore"):  # no variance: minus infinity
-        return np.asarray(log_mean_k, dtype=float) + 0.5 * np.log(np.expm1(np.asarray(var_z, dtype=float)))
+        of_relative = 0.5 * (var_z + np.log(-np.expm1(-var_z)))  # exp(Var Z) itself may be out of range
+    return np.asarray(log_mean_k, dtype=float) + of_relative
 
 
 def diffusion_variance(v: ArrayLike) -> NDArray[np.float64]:

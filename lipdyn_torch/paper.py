@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lipdyn_torch.dynamics import log_sd_k
 from lipdyn_torch.history import NETWORK, History
 from lipdyn_torch.predict import from_known, observed, parts_of
 
@@ -66,8 +67,7 @@ def variance_Z(history: History | pd.DataFrame) -> Array:
 
 def variance_K(history: History | pd.DataFrame) -> Array:
     """Natural logarithm of ``Var[K(t)] = E[K]^2 (exp(int ||lambda_Z||^2 ds) - 1)`` (n + 1,); of zero minus infinity."""
-    with np.errstate(divide="ignore"):
-        return np.asarray(2.0 * expectation_K(history) + np.log(np.expm1(variance_Z(history))))
+    return 2.0 * log_sd_k(expectation_K(history), variance_Z(history))
 
 
 def _start(history: History | pd.DataFrame) -> float:

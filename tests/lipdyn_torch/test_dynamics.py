@@ -68,6 +68,13 @@ def test_expected_k_with_correlated_layers():
     assert sd[-1] == pytest.approx(k.std(), rel=0.02)
 
 
+def test_spread_of_k_beyond_the_range_of_floats():
+    """The logarithm of sqrt(exp v - 1) is v/2 for a large v, and log(v)/2 for a small one."""
+    found = dynamics.log_sd_k(1.0, [0.0, 1e-300, 1e-20, 1.0, 800.0, 1e6, 1e300])
+    expected = [-np.inf, *(0.5 * np.log([1e-300, 1e-20, np.expm1(1.0)])), 400.0, 5e5, 5e299]
+    assert found == pytest.approx(1.0 + np.array(expected), rel=1e-14)
+
+
 def test_clipping_of_impossible_changes():
     changes, clipped = dynamics.pathwise_changes([1.0, -1.5, 0.7, 0.0])
     assert clipped
