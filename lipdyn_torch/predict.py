@@ -125,7 +125,7 @@ def pathwise(history: History | pd.DataFrame, order: int = 2, layer: str = NETWO
     >>> pathwise(History([row])).predicted.tolist()
     [1.0, 1.11]
     """
-    if order not in (1, 2, 3):
+    if isinstance(order, bool) or order not in (1, 2, 3):
         raise ValueError(f"expected order 1, 2 or 3, got {order!r}; higher orders are not recorded")
     history = from_known(history, layer)
     rows = _rows(history, layer)
@@ -382,6 +382,9 @@ def forecast(
     >>> ahead.name, ahead.step.tolist(), [round(z, 12) for z in ahead.predicted.tolist()]
     ('forecast from step 1', [1, 2, 3], [0.1, 0.2, 0.3])
     """
+    for name, value, least in (("at", at, 0), ("steps", 0 if steps is None else steps, 0), ("window", window, 1)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"expected {name} to be a whole number, at least {least}, got {value!r}")
     frame = _moves(from_known(history, layer))
     rows = _rows(frame, layer)
     axis, z = observed(frame, layer)

@@ -235,6 +235,18 @@ def test_forecast_freezes_the_terms(mlp_case):
     assert np.isnan(beyond.observed).tolist() == [False, True, True, True]
     with pytest.raises(ValueError, match="expected at to be a monitored step after the first, got 0"):
         forecast(monitor.history, 0)
+    assert forecast(
+        monitor.history, np.int64(6), "2", window=np.int64(2), steps=np.int64(4)
+    ).predicted == pytest.approx(ahead.predicted)
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "3", True])
+@pytest.mark.parametrize(("name", "least"), [("at", 0), ("steps", 0), ("window", 1)])
+def test_forecasts_that_are_none(mlp_case, name, least, value):
+    history = monitored(mlp_case, steps=3).history
+    for given in (value, *([0] if least else [])):
+        with pytest.raises(ValueError, match=f"expected {name} to be a whole number, at least {least}, got {given!r}"):
+            forecast(history, **{"at": 2, name: given})
 
 
 def test_shuffled_band_closes_at_the_end_of_an_epoch(mlp_case):
@@ -370,6 +382,8 @@ def test_wrong_questions(mlp_case):
     history = monitored(mlp_case, steps=2).history
     with pytest.raises(ValueError, match="expected order 1, 2 or 3, got 4"):
         pathwise(history, 4)
+    with pytest.raises(ValueError, match="expected order 1, 2 or 3, got True"):
+        pathwise(history, True)
     with pytest.raises(
         ValueError, match=r"expected a layer of the history, got 'conv'; there are '0', '2', '4', 'network'"
     ):
