@@ -70,7 +70,7 @@ def check_settings(
     every: object, budget: object, warmup: object, noise: object, conv: object, sampling: object, dataset_size: object
 ) -> None:
     """Raise unless the settings are among those there are."""
-    if every != "auto" and not _whole(every, 1):
+    if not (isinstance(every, str) and every == "auto") and not _whole(every, 1):
         raise ValueError(f"expected every to be a whole number of steps, at least 1, or 'auto', got {every!r}")
     if not isinstance(budget, int | float) or not budget > 0:
         raise ValueError(f"expected budget to be a positive number of per cent, got {budget!r}")
@@ -79,7 +79,7 @@ def check_settings(
     choices = {"noise": (noise, ("full", "split", "factor")), "conv": (conv, ("matrix", "operator"))}
     choices["sampling"] = (sampling, ("shuffle", "iid"))
     for name, (value, allowed) in choices.items():
-        if value not in allowed:
+        if not (isinstance(value, str) and value in allowed):
             raise ValueError(f"expected {name} to be {' or '.join(map(repr, allowed))}, got {value!r}")
     check_dataset_size(dataset_size)
 

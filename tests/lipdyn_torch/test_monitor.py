@@ -216,6 +216,8 @@ def test_step_without_backward(mlp_case, steps_before):
         ({"every": "often"}, "expected every to be a whole number .* got 'often'"),
         ({"budget": 0}, "expected budget to be a positive number of per cent, got 0"),
         ({"warmup": -1}, "expected warmup to be a whole number of steps, got -1"),
+        ({"every": torch.zeros(3)}, "expected every to be a whole number .* got tensor"),
+        ({"noise": torch.zeros(3)}, "expected noise to be .* got tensor"),
         ({"every": True}, "expected every to be a whole number .* got True"),
         ({"noise": "sketch"}, "expected noise to be 'full' or 'split' or 'factor', got 'sketch'"),
         ({"conv": "fft"}, "expected conv to be 'matrix' or 'operator', got 'fft'"),
