@@ -13,6 +13,7 @@ import math
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ class MLflowSink:
     -----
     Metrics go out in one request per step (at most 1,000 metrics each). `History.meta` becomes the artifact
     ``lipschitz_meta.json``, statuses other than "ok" become tags. Characters of layer names that MLflow does not
-    allow become underscores. The run is not ended by the sink.
+    allow become underscores, and a checksum behind tells such names apart. The run is not ended by the sink.
     """
 
     _LIMIT = 1000
@@ -249,7 +250,8 @@ class MLflowSink:
 
     @staticmethod
     def _allowed(name: str) -> str:
-        return re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+        allowed = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+        return allowed if allowed == name else f"{allowed}-{zlib.crc32(name.encode(errors='surrogatepass')):08x}"
 
 
 class WandbSink:

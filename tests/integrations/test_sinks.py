@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import sys
 import time
@@ -172,7 +173,16 @@ def test_mlflow(tmp_path, monkeypatch):
         MLflowSink()
     sink = MLflowSink(run, tracking_uri=uri)
     sink.write([{"step": 0, "layer": "größe+1", "z": 1.0}])
-    assert client.get_run(run).data.metrics["lipschitz_z/gr__e_1"] == 1.0
+    (name,) = set(client.get_run(run).data.metrics) - set(curves)
+    assert re.fullmatch("lipschitz_z/gr__e_1-[0-9a-f]{8}", name)
+
+
+def test_names_that_mlflow_does_not_allow_stay_apart():
+    names = ["a[0]", "a(0)", "a_0_", "слой", "блок", "____", "größe"]
+    allowed = [MLflowSink._allowed(f"lipschitz_z/{name}") for name in names]
+    assert len(set(allowed)) == len(names)
+    assert allowed[2] == "lipschitz_z/a_0_"
+    assert all(re.fullmatch(r"[\w\-. :/]+", name, flags=re.ASCII) for name in allowed)
 
 
 # --- Weights & Biases ----------------------------------------------------------------------------------------
