@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import math
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -19,6 +22,12 @@ from lipdyn_torch import (
     NoBackwardError,
     NoSupportedLayerError,
     UnownedParametersError,
+    _bridge,
+    _collect,
+    _hooks,
+    _measure,
+    distributed,
+    monitor,
     read_history,
 )
 from lipdyn_torch.layers import LinearRule
@@ -546,3 +555,22 @@ def test_a_list_of_parameters_is_no_layer():
     with LipschitzMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1)) as monitor:
         assert monitor.layers == ["head"]
         assert "ParameterList has no forward pass: register a rule" in monitor.skipped["matrices"]
+
+
+def test_every_status_is_in_the_guide():
+    """In its table a row begins with the status, or with as much of it as goes before dots."""
+    guide = (Path(__file__).parents[2] / "docs" / "guide-lipdyn.md").read_text()
+    rows = [line.split("|")[1].strip() for line in guide.split("## Statuses")[1].splitlines() if line.startswith("| ")]
+    named = [_collect, _hooks, _measure, monitor, distributed, _bridge]
+    words = {
+        value
+        for module in named
+        for name, value in vars(module).items()
+        if name.isupper() and isinstance(value, str) and " " in value and not value.startswith(("expected", "did not"))
+    }
+    words |= set(re.findall(r'(?:problem=|group, )"([a-z ]+)"', inspect.getsource(_bridge)))
+    words |= {"no factor: ", "after the step: ", "per-sample gradients failed", "no image has been seen yet"}
+    assert len(words) > 30
+    begins = tuple(begin for row in rows if (begin := row.split("...")[0].strip()))
+    missing = [s for s in words if not (s.startswith(begins) or any(begin.startswith(s) for begin in begins))]
+    assert missing == []
