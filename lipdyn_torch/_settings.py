@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 __all__ = ["batch_dims", "check_dataset_size", "check_settings", "check_types", "checked_sinks", "innermost"]
@@ -57,7 +57,7 @@ def check_types(model: object, optimizer: object, reference: object) -> None:
 
 def checked_sinks(given: object) -> list[Any]:
     """The sinks as a list."""
-    if isinstance(given, str | PathLike) or not isinstance(given, Iterable):
+    if isinstance(given, str | PathLike | Tensor) or not isinstance(given, Iterable):
         raise TypeError(f"expected a list of sinks, got {given!r}; for a file [JsonLinesSink(path)]")
     sinks = list(given)
     for sink in sinks:

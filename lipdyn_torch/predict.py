@@ -296,7 +296,7 @@ def _path(
     sampling = frame.attrs.get("sampling", "shuffle") if sampling is None else sampling
     dataset_size = int(dataset_size) if isinstance(dataset_size, np.integer) else dataset_size
     check_dataset_size(dataset_size)
-    if sampling not in ("iid", "shuffle"):
+    if not (isinstance(sampling, str) and sampling in ("iid", "shuffle")):
         raise ValueError(f"expected sampling 'iid' or 'shuffle', got {sampling!r}")
     rows = _rows(frame, layer)
     step, z = observed(frame, layer)
@@ -405,7 +405,7 @@ def forecast(
 
 def _drift_column(frame: pd.DataFrame, gradient: str) -> str:
     """The column that holds the drift of the gradient asked for."""
-    if gradient not in ("batch", "full", "independent"):
+    if not (isinstance(gradient, str) and gradient in ("batch", "full", "independent")):
         raise ValueError(f"expected gradient 'batch', 'full' or 'independent', got {gradient!r}")
     if gradient == "batch":
         return "mu"

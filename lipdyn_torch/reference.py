@@ -51,7 +51,7 @@ class MeanGradient:
     """
 
     def __init__(self, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor], kind: str = "full") -> None:
-        if kind not in ("full", "independent"):
+        if not (isinstance(kind, str) and kind in ("full", "independent")):
             raise ValueError(f"expected kind 'full' or 'independent', got {kind!r}")
         if isinstance(batches, str | bytes | Mapping) or not hasattr(type(batches), "__iter__"):
             raise TypeError(f"expected batches, such as a data loader or a list of them, got {type(batches).__name__}")

@@ -209,6 +209,18 @@ def test_a_reference_is_gone_through_again(kind):
         MeanGradient([torch.ones(2, 6)], 0.5, kind)
 
 
+@pytest.mark.parametrize("given", [np.zeros(3), None, "some", 1], ids=str)
+def test_words_that_are_none(mlp_case, given):
+    history = monitored(mlp_case, steps=2).history
+    with pytest.raises(ValueError, match="expected kind 'full' or 'independent', got "):
+        MeanGradient([torch.ones(2, 6)], lambda model, x: model(x).sum(), given)
+    with pytest.raises(ValueError, match="expected gradient 'batch', 'full' or 'independent', got "):
+        sde(history, gradient=given, sampling="iid")
+    if given is not None:
+        with pytest.raises(ValueError, match="expected sampling 'iid' or 'shuffle', got "):
+            sde(history, sampling=given)
+
+
 @pytest.mark.parametrize("batch", ["abc", [], ["a"], 3, torch.tensor(1.0), [[2.0]]])
 def test_a_batch_begins_with_samples(batch):
     with pytest.raises(TypeError, match="expected a batch that begins with a tensor of samples, got"):
