@@ -913,7 +913,7 @@ def test_an_expert_without_samples():
 
 def test_what_is_refused_at_once():
     model = mlp()
-    for sinks in ("rows.jsonl", Path("rows.jsonl"), None, 5):
+    for sinks in ("rows.jsonl", Path("rows.jsonl"), None, 5, torch.tensor(3)):
         with pytest.raises(TypeError, match=r"expected a list of sinks, got .*; for a file \[JsonLinesSink\(path\)\]"):
             LipschitzMonitor(model, sgd(model), sinks=sinks)
     with pytest.raises(TypeError, match=r"expected reference\(model\) to give gradients, got 5"):
