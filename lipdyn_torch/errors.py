@@ -15,7 +15,7 @@ class NoSupportedLayerError(LipdynError, ValueError):
 
 
 class UnownedParametersError(LipdynError, ValueError):
-    """The optimiser does not update the weights of any layer of the model."""
+    """The optimiser does not update the weights of any layer of the model that the monitor can read."""
 
 
 class NoBackwardError(LipdynError, RuntimeError):

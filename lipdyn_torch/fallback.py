@@ -26,6 +26,8 @@ from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule
 
 __all__ = ["AttentionRule", "FallbackRule"]
 
+#: `unsupported_reason` says the same of layers that have a rule.
+PARAMETRISED = "its weight is computed from other parameters (a parametrisation)"
 _NO_FALLBACK = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -44,7 +46,7 @@ class FallbackRule(LayerRule):
         if isinstance(module, nn.ParameterList | nn.ParameterDict):
             return f"{type(module).__name__} has no forward pass: register a rule for the module that uses it"
         if hasattr(module, "parametrizations") or isinstance(module, ParametrizationList):
-            return "its weight is computed from other parameters (a parametrisation)"
+            return PARAMETRISED
         if any(True for child in module.children() for _ in child.parameters()):
             return f"{type(module).__name__} owns parameters beside submodules: register a rule for it"
         if not self.parts(module):

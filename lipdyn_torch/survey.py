@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.optim import Optimizer
 
 from lipdyn_torch._hooks import Switch, Tap, Watch
 from lipdyn_torch.convolution_rules import TorusRule
 from lipdyn_torch.errors import NoSupportedLayerError, UnownedParametersError
-from lipdyn_torch.fallback import FallbackRule
+from lipdyn_torch.fallback import PARAMETRISED, FallbackRule
 from lipdyn_torch.history import NETWORK
 from lipdyn_torch.layers import EmbeddingRule, LayerRule, LinearRule, find_rule, unsupported_reason
 from lipdyn_torch.low_rank import LowRankSumRule
@@ -58,6 +59,7 @@ class Survey:
     taps: list[Tap] = field(default_factory=list)
     paths: list[tuple[str, nn.Module]] = field(default_factory=list)  # where each tapped module was found
     entries: list[Entry] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)  # what is skipped though the optimiser trains matrices of it
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -85,14 +87,19 @@ def survey(
     known: dict[tuple[int, ...], Watch] = {}
     covered: set[int] = set()
     for path, module in model.named_modules():
-        if id(module) in covered or not any(True for _ in module.parameters(recurse=False)):
+        if isinstance(module, ParametrizationList):  # the module it is a weight of has a line
+            continue
+        if id(module) in covered or not _own(module):
             rule = find_rule(module)
             if id(module) in covered or rule is None or not rule.covers(module):
                 continue
         rule = find_rule(module) or _fallback(module)
         reason = unsupported_reason(module, rule)
         if rule is None or reason is not None:
-            found.entries.append(Entry(_row_name(path, module), type(module).__name__, "skipped", reason or "no rule"))
+            row, reason = _row_name(path, module), reason or "no rule"
+            found.entries.append(Entry(row, type(module).__name__, "skipped", reason))
+            if any(p.requires_grad and id(p) in owned and _is_matrix(p) for p in _own(module)):
+                found.unread[row] = reason
             continue
         if operators:
             rule = TorusRule.of(rule, module)
@@ -106,7 +113,19 @@ def survey(
 
 def _fallback(module: nn.Module) -> LayerRule | None:
     """The rule of last resort, where the module has a matrix of its own."""
-    return _FALLBACK if _FALLBACK.parts(module) or isinstance(module, nn.RNNBase) else None
+    known = _FALLBACK.parts(module) or isinstance(module, nn.RNNBase) or is_parametrized(module)
+    return _FALLBACK if known else None
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are no submodule's; those that a parametrisation computes others from are the module's."""
+    lists = module.parametrizations.children() if is_parametrized(module) else ()  # type: ignore[union-attr]
+    return [p for owner in (module, *lists) for p in owner.parameters(recurse=False)]
+
+
+def _is_matrix(p: nn.Parameter) -> bool:
+    """Whether it has, or may have, two axes at least."""
+    return isinstance(p, nn.parameter.UninitializedParameter) or sum(size > 1 for size in p.shape) > 1
 
 
 def _add_module(
@@ -167,12 +186,24 @@ def _check(found: Survey, model: nn.Module, optimizer: Optimizer) -> None:
     if any(watch.trained for watch in found.watches):
         return
     skipped = found.skipped
-    listed = ", ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8])
-    described = f"{type(model).__name__} ({listed or 'no parameters'})"
-    if not found.watches and not any("not in the optimizer" in reason for reason in skipped.values()):
+    described = f"{type(model).__name__} ({_listed(skipped) or 'no parameters'})"
+    readable = found.watches or any("not in the optimizer" in reason for reason in skipped.values())
+    if not readable and PARAMETRISED in skipped.values():
+        raise NoSupportedLayerError(
+            "expected at least one Linear or convolution layer whose weight is a parameter itself, not computed from "
+            f"others as with spectral_norm or weight_norm, got {described}; take the parametrisation off one, or teach "
+            "the monitor your layer with lipdyn_torch.layers.register_rule"
+        )
+    if not readable:
         raise NoSupportedLayerError(
             f"expected a model with at least one Linear or convolution layer, got {described}; "
             "teach the monitor your layer with lipdyn_torch.layers.register_rule"
+        )
+    if found.unread:
+        raise UnownedParametersError(
+            f"expected a layer that is trained and can be read, got {type(model).__name__} of which the optimizer "
+            f"trains what is skipped ({_listed(found.unread)}); teach the monitor that layer with "
+            "lipdyn_torch.layers.register_rule, for low-rank factors beside a weight with a LowRankSumRule"
         )
     if found.watches:
         raise UnownedParametersError(
@@ -185,6 +216,10 @@ def _check(found: Survey, model: nn.Module, optimizer: Optimizer) -> None:
         f"{count} parameters, none of them a weight of {described}; "
         "make the optimizer from model.parameters() of this very model"
     )
+
+
+def _listed(skipped: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:8])
 
 
 def _row_name(path: str, module: nn.Module) -> str:

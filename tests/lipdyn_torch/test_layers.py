@@ -282,6 +282,7 @@ def test_report_names_everything():
             **{"own": Own(), "norm": nn.LayerNorm(3), "lstm": nn.LSTM(2, 2), "mixed": Mixed()},
             **{"renormed": nn.Embedding(3, 2, max_norm=1.0), "frozen": nn.Linear(2, 2).requires_grad_(False)},
             "weightnorm": nn.utils.parametrizations.weight_norm(nn.Linear(2, 3)),
+            "spectralnorm": nn.utils.parametrizations.spectral_norm(nn.Linear(2, 3, bias=False)),
         }
     )
     with LipschitzMonitor(model, torch.optim.SGD(model.parameters(), lr=0.1)) as monitor:
@@ -296,8 +297,11 @@ def test_report_names_everything():
     assert entries["renormed"][1] == "embedding with max_norm: the forward pass changes the table"
     assert entries["mixed"][1] == "Mixed owns parameters beside submodules: register a rule for it"
     assert entries["mixed.inner"] == ("monitored", "2 x 2")
-    assert entries["weightnorm"][0] == entries["weightnorm.parametrizations.weight"][0] == "skipped"
-    owners = {name for name, m in model.named_modules() if list(m.parameters(recurse=False))}
+    computed = ("skipped", "its weight is computed from other parameters (a parametrisation)")
+    assert entries["weightnorm"] == entries["spectralnorm"] == computed
+    assert not any("parametrizations" in name for name in entries)  # one line a layer
+    lists = nn.utils.parametrize.ParametrizationList
+    owners = {n for n, m in model.named_modules() if list(m.parameters(recurse=False)) and not isinstance(m, lists)}
     covered = {"attention", "attention.out_proj", "own"} | set(entries)
     assert owners <= covered
     assert str(monitor.report()).splitlines()[1].split() == ["linear", "Linear", "monitored", "2", "x", "3"]

@@ -923,6 +923,40 @@ def test_what_is_refused_at_once():
         LipschitzMonitor(model, sgd(model))
 
 
+class FactorsBesideTheBase(nn.Module):
+    def __init__(self, frozen):
+        super().__init__()
+        self.base = nn.Linear(6, 5).requires_grad_(not frozen)
+        self.up, self.down = nn.Parameter(torch.zeros(5, 2)), nn.Parameter(torch.randn(2, 6))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_trained_factors_that_no_rule_reads(frozen):
+    """Whoever turns requires_grad on for the base, or hands it to the optimizer, has lost the job."""
+    model = nn.Sequential(FactorsBesideTheBase(frozen), nn.LayerNorm(5))
+    factors = [p for name, p in model.named_parameters() if "base" not in name]
+    message = r"trains what is skipped \(0: FactorsBesideTheBase owns parameters .*\); teach .*register_rule.*LowRank"
+    with pytest.raises(UnownedParametersError, match=message):
+        LipschitzMonitor(model, torch.optim.SGD(factors, lr=0.1))
+    with pytest.raises(UnownedParametersError, match=r"frozen; turn|make the optimizer from"):
+        LipschitzMonitor(model, torch.optim.SGD(model[1].parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_parametrised_layers_are_there(kind, bias):
+    parametrise = getattr(nn.utils.parametrizations, kind)
+    model = nn.Sequential(parametrise(nn.Linear(6, 5, bias=bias)), parametrise(nn.Linear(5, 3, bias=bias)))
+    with pytest.raises(NoSupportedLayerError, match=r"whose weight is a parameter itself, .*, got Sequential \(0: its"):
+        LipschitzMonitor(model, sgd(model))
+    model.append(nn.Linear(3, 3).requires_grad_(False))
+    with pytest.raises(UnownedParametersError, match=r"trains what is skipped \(0: its weight is computed from other"):
+        LipschitzMonitor(model, sgd(model))
+
+
 @pytest.mark.parametrize("state", [None, {}, {"history": {"rows": [], "meta": {}}}])
 def test_the_state_of_something_else(state):
     model = mlp()
