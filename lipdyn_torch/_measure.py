@@ -187,14 +187,15 @@ def network_row(measurements: Sequence[Measurement]) -> Row:
     """The sum over the layers: Z = sum log sigma, K = exp Z in column ``sigma`` (theory 2.1, 2.9).
 
     With several learning rates ``lr`` is the largest, and the forces are scaled so that ``lr`` times the force
-    is the layers' joint effect in this step. ``gap`` is the smallest, ``eps`` the largest of the layers'.
+    is the layers' joint effect in this step. ``gap`` is the smallest, ``eps`` the largest of the layers'; ``batch``
+    is 0 where they disagree on it.
     """
     rows = [measurement.row for measurement in measurements]
     moving = [m for m in measurements if m.caught.moves]
     split = measurements[0].split
     lr = max(m.row["lr"] for m in (moving or measurements))
     batches = {m.row["batch"] for m in moving if m.row["batch"] > 0}
-    row: Row = {"layer": NETWORK, "lr": lr, "batch": max(batches, default=0), "gHg": _NAN}
+    row: Row = {"layer": NETWORK, "lr": lr, "batch": max(batches, default=0) if len(batches) < 2 else 0, "gHg": _NAN}
     row["z"] = sum(r["z"] for r in rows)
     row["sigma"] = math.exp(row["z"]) if row["z"] < 700 else _NAN
     row["gap"], row["eps"] = _nan_min(r["gap"] for r in rows), -_nan_min(-r["eps"] for r in rows)

@@ -190,7 +190,7 @@ class LipschitzMonitor:
     ======================  =====================================================================================
     ``step, layer``         optimiser steps since attaching (0 is the first); name. A step that a loss scaler
                             skipped counts where it would have been measured, and has rows without forces
-    ``lr, batch``           learning rate of this step; number of samples M
+    ``lr, batch``           learning rate of this step; number of samples M. Network: 0 where layers disagree on it
     ``sigma, gap``          largest singular value before the step; its isolation distance d (theory 1.9), of large
                             weights rounded down by at most 4e-4. Network: ``sigma`` is K, ``gap`` the smallest
     ``eps``                 ``2 ||D||_2 / d`` for the update D, of large weights rounded up by at most 3e-4 more;
@@ -686,18 +686,27 @@ class LipschitzMonitor:
 
 
 def _note_batches(layers: list[Caught], silent: int) -> None:
-    """Say in every row what makes M doubtful: layers that disagree on it, and so many samples without any gradient."""
+    """Say in every row what makes M doubtful: layers that disagree on it, and so many samples without any gradient.
+
+    A number that at least twice as many layers saw as any other is the batch.
+    """
     known = [layer for layer in layers if layer.noise is not None]
-    sizes = Counter(layer.batch for layer in known)
+    seeing = [layer for layer in known if not _empty(layer)]
+    sizes = Counter(layer.batch for layer in seeing)
     if len(sizes) > 1:
         (usual, most), (_, second) = sizes.most_common(2)
-        for layer in known:
-            if layer.batch != usual or most == second:
+        for layer in seeing:
+            if layer.batch != usual or most < 2 * second:
                 layer.notes.append(f"{UNEQUAL}: {', '.join(map(str, sorted(sizes)))}")
         return
     for layer in known:
         if 0 < silent < layer.batch:
             layer.notes.append(f"{silent} of {layer.batch} {NO_SHARE}")
+
+
+def _empty(layer: Caught) -> bool:
+    """Whether it had no samples here, nor in another process: its M was taken from the other layers."""
+    return layer.idle and layer.noise is not None and not any(layer.noise.sizes)
 
 
 def _note_samples(layers: list[Caught]) -> int:

@@ -438,6 +438,7 @@ def test_layers_that_see_different_numbers_of_samples():
         "network",
     )
     assert "different numbers of samples" in row["status"]
+    assert row["batch"] == 0
     assert math.isnan(row["lambda_sq"])
     assert not math.isnan(row["kappa"])
 

@@ -911,6 +911,51 @@ def test_an_expert_without_samples():
     assert statuses(monitor)["second"] == "no samples reached this layer"
 
 
+class Routed(nn.Module):
+    """A gate sends each token to one of eight experts, of which so many are live."""
+
+    def __init__(self, live):
+        super().__init__()
+        self.live, self.table, self.trunk = live, nn.Embedding(50, 6), nn.Linear(6, 6)
+        self.gate, self.head = nn.Linear(6, 8), nn.Linear(6, 50)
+        self.experts = nn.ModuleList([nn.Linear(6, 6) for _ in range(8)])
+
+    def forward(self, x):
+        h = self.trunk(self.table(x))
+        tokens = h.flatten(0, 1)
+        weight, to = self.gate(tokens)[:, : self.live].softmax(-1).max(-1)
+        out = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            (own,) = torch.where(to == i)
+            out = out.index_add(0, own, expert(tokens[own]) * weight[own, None])
+        return self.head(h + out.view_as(h))
+
+
+def test_experts_without_samples_have_no_vote():
+    """Six of them would make the number of tokens, which the gate saw, the usual one."""
+    model, x = Routed(live=2), torch.randint(50, (8, 12))
+    optimizer = sgd(model)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+        optimizer.step()
+    found = statuses(monitor)
+    assert {name for name, status in found.items() if status == "ok"} == {"table", "trunk", "head"}
+    assert all("different numbers of samples" in found[name] for name in ("gate", "experts.0", "experts.1", "network"))
+    assert {found[f"experts.{i}"] for i in range(2, 8)} == {"no samples reached this layer"}
+    assert {row["layer"]: row["batch"] for row in monitor.history}["network"] == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_few_votes_more_are_no_majority(tokens):
+    """Two layers saw 8 samples and one to three saw 24: only two against one are believed."""
+    layers = [nn.Linear(6, 6), nn.Linear(6, 6), nn.Unflatten(1, (3, 2)), nn.Flatten(0, 1), nn.Linear(2, 2)]
+    model = nn.Sequential(*layers, *(nn.Linear(2, 2) for _ in range(tokens - 1)))
+    with LipschitzMonitor(model, sgd(model)) as monitor:
+        train(model, monitor._optimizer)
+    fine = [name for name, status in statuses(monitor).items() if status == "ok"]
+    assert fine == (["0", "1"] if tokens == 1 else [])
+
+
 def test_what_is_refused_at_once():
     model = mlp()
     for sinks in ("rows.jsonl", Path("rows.jsonl"), None, 5, torch.tensor(3)):

@@ -116,8 +116,9 @@ def test_a_mapping_overrides_single_layers_of_a_transformer():
         optimizer.step()
 
     usual, told = (run(loop, Encoder(False).double(), batch_dim=dims) for dims in ({}, {"layer.linear1": 0}))
-    assert [(row["layer"], row["batch"]) for row in told if row["batch"] != 12] == [("table", 5), ("layer.linear1", 5)]
-    assert [row["layer"] for row in usual if row["batch"] != 12] == ["table"]
+    seen = {row["layer"]: row["batch"] for row in told if row["batch"] != 12}
+    assert seen == {"table": 5, "layer.linear1": 5, "network": 0}
+    assert [row["layer"] for row in usual if row["batch"] != 12] == ["table", "network"]
 
 
 class Recurrent(nn.Module):
