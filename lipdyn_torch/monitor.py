@@ -48,6 +48,7 @@ CHANGED = "weight was changed since the last step"
 CLEARED = "step skipped: gradients were cleared without a step"
 AHEAD = "forward pass was made before the last step, while the monitor was not listening"
 POSITIONS = "indices without a batch axis, as many as there are samples: taken for one for each sample"
+SHARED = "indices without a batch axis: expand them to the batch, positions.expand(batch, -1)"
 SQUARE = "the same indices as before, for as many rows as there are samples: positions would be taken for samples"
 LATENT = "a parameter without a batch axis, as many rows as there are samples: taken for one for each sample"
 ADDED = (
@@ -695,13 +696,26 @@ def _note_batches(layers: list[Caught], silent: int) -> None:
     sizes = Counter(layer.batch for layer in seeing)
     if len(sizes) > 1:
         (usual, most), (_, second) = sizes.most_common(2)
+        clear = most >= 2 * second
         for layer in seeing:
-            if layer.batch != usual or most < 2 * second:
+            if layer.batch != usual or not clear:
                 layer.notes.append(f"{UNEQUAL}: {', '.join(map(str, sorted(sizes)))}")
+                if isinstance(layer.watch.rule, EmbeddingRule) and _shared(layer, usual if clear else 0):
+                    layer.notes.append(SHARED)
         return
     for layer in known:
         if 0 < silent < layer.batch:
             layer.notes.append(f"{silent} of {layer.batch} {NO_SHARE}")
+
+
+def _shared(layer: Caught, usual: int) -> bool:
+    """Whether an embedding was read for all samples at once: no axis, nor all together, is as long as the batch.
+
+    Of no `usual` batch only a first axis of one tells.
+    """
+    first = layer.lengths[0] if layer.lengths else 1
+    batch = usual * first / layer.batch  # in each of several passes or processes
+    return first == 1 or (batch > 0 and batch not in (*layer.lengths, math.prod(layer.lengths)))
 
 
 def _empty(layer: Caught) -> bool:

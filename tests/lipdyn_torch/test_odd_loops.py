@@ -13,6 +13,7 @@ from lipdyn_torch import LipschitzMonitor, pathwise, sde
 RETAINED = "several backward passes through one forward pass"
 POSITIONS = "indices without a batch axis, as many as there are samples: taken for one for each sample"
 
+SHARED = "indices without a batch axis: expand them to the batch, positions.expand(batch, -1)"
 LATENT = "a parameter without a batch axis, as many rows as there are samples: taken for one for each sample"
 
 
@@ -282,7 +283,46 @@ def test_positions_that_could_be_samples(M, T):
             elif M == T:
                 assert (found["tokens"], found["positions"], found["head"]) == ("ok", POSITIONS, "ok")
             else:
-                assert "different numbers of samples" in found["positions"]
+                assert found["positions"] == f"layers saw different numbers of samples: {M}, {T}; {SHARED}"
+
+
+class Tables(nn.Module):
+    """Tokens as rows or columns, positions as Hugging Face's models read them, and layers over samples or tokens."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.flat, self.tokens, self.positions = flat, nn.Embedding(11, 8), nn.Embedding(6, 8)
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+
+    def forward(self, t: torch.Tensor, positions: torch.Tensor, time_first: bool) -> torch.Tensor:
+        h = self.tokens(t.T if time_first else t)
+        h = (h.mT.permute(2, 0, 1) if time_first else h) + self.positions(positions)
+        return self.c(torch.tanh(self.b(self.a(h.flatten(0, 1) if self.flat else h))))
+
+
+@pytest.mark.parametrize(
+    ("shape", "flat", "time_first", "said"),
+    [
+        ((1, 6), False, False, {"positions"}),
+        ((6,), False, False, {"positions"}),
+        ((5, 6), False, False, set()),
+        ((5, 6), True, False, set()),  # indices have the batch, other layers see tokens
+        ((5, 6), False, True, set()),  # batch_dim is what would help
+    ],
+)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_indices_that_all_samples_share(shape, flat, time_first, said, passes):
+    model = Tables(flat)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with LipschitzMonitor(model, optimizer) as monitor:
+        for _ in range(passes):
+            t = torch.randint(11, (5, 6))
+            out = model(t, torch.arange(6).expand(shape), time_first)
+            nn.functional.cross_entropy(out.reshape(-1, 11), t.flatten()).backward()
+        optimizer.step()
+    found = statuses(monitor)
+    assert {name for name, status in found.items() if SHARED in status} - {"network"} == said
+    assert ("tokens" in {name for name, status in found.items() if "different" in status}) == (flat or time_first)
 
 
 class Latents(nn.Module):
