@@ -30,6 +30,8 @@ CLIPPED = "predicted change below -90 %: clipped"
 OTHER_UPDATE = "the step is not the one the optimizer's formula gives: drift and noise terms unknown"
 FROZEN = "frozen"
 KEPT = "frozen with a gradient left, by which the optimizer still moves it"
+#: So many layers of the same status are named in that of the network.
+FEW = 3
 _FORCES = ("mu", "kappa", "lambda_sq", "gHg")
 
 
@@ -205,7 +207,7 @@ def network_row(measurements: Sequence[Measurement]) -> Row:
     summed = ("mu", "kappa", *(("kappa_var", "lambda_sq_var") if split else ()))
     summed += tuple(key for key in ("mu_ref",) if key in rows[0])
     row |= {key: sum(s * r[key] for s, r in zip(share, rows, strict=True)) for key in summed}
-    problems = [f"{r['layer']}: {r['status']}" for r in rows if r["status"] not in ("ok", FROZEN)]
+    problems = _statuses(rows)
     row["lambda_sq"] = _NAN
     if len(batches) > 1:
         problems.append("layers saw different numbers of samples: no joint noise")
@@ -220,6 +222,15 @@ def network_row(measurements: Sequence[Measurement]) -> Row:
         _set_covariance_parts(row)
     row["status"] = "; ".join(problems) or "ok"
     return row
+
+
+def _statuses(rows: Sequence[Row]) -> list[str]:
+    """What the layers say, each remark once; the layers are counted where more than a few share one."""
+    saying: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] not in ("ok", FROZEN):
+            saying.setdefault(row["status"], []).append(row["layer"])
+    return [f"{', '.join(names) if len(names) <= FEW else f'{len(names)} layers'}: {s}" for s, names in saying.items()]
 
 
 def _set_covariance_parts(row: Row) -> None:

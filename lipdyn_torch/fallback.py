@@ -14,6 +14,7 @@ import random
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ __all__ = ["AttentionRule", "FallbackRule"]
 
 #: `unsupported_reason` says the same of layers that have a rule.
 PARAMETRISED = "its weight is computed from other parameters (a parametrisation)"
+#: Modules whose last output was not one tensor.
+unread_outputs: WeakSet[nn.Module] = WeakSet()
 _NO_FALLBACK = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -66,6 +69,12 @@ class FallbackRule(LayerRule):
         buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
         given, named = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         return given, named, buffers, module.training
+
+    def output(self, module: nn.Module, output: Any) -> Tensor | None:
+        """The output, if it is one tensor; of several only a rule of the user's own knows which to take."""
+        found = super().output(module, output)
+        (unread_outputs.add if found is None else unread_outputs.discard)(module)
+        return found
 
     def per_sample(self, module: nn.Module, x: Any, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """``G_i`` by pulling the output gradient back through the module, one sample at a time."""

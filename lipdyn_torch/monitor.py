@@ -27,6 +27,7 @@ from lipdyn_torch._measure import Measurement, network_row
 from lipdyn_torch._settings import batch_dims, check_settings, check_types, checked_sinks, innermost
 from lipdyn_torch.distributed import active, agree, local, share
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
+from lipdyn_torch.fallback import unread_outputs
 from lipdyn_torch.history import History, ResumeError, Sink
 from lipdyn_torch.integrations._extras import need
 from lipdyn_torch.layers import EmbeddingRule
@@ -47,6 +48,7 @@ NO_SHARE = "samples had no gradient in any layer: if the loss ignores them, nois
 CHANGED = "weight was changed since the last step"
 CLEARED = "step skipped: gradients were cleared without a step"
 AHEAD = "forward pass was made before the last step, while the monitor was not listening"
+NOT_ONE = "a gradient reached the weight past the monitor: the module's output is not one tensor"
 POSITIONS = "indices without a batch axis, as many as there are samples: taken for one for each sample"
 SHARED = "indices without a batch axis: expand them to the batch, positions.expand(batch, -1)"
 SQUARE = "the same indices as before, for as many rows as there are samples: positions would be taken for samples"
@@ -594,6 +596,9 @@ class LipschitzMonitor:
                 "close the monitor and attach a new one"
             )
         self._check_alive()
+        for watch in self._watches:
+            if watch.accumulated and not watch.passes and watch.module in unread_outputs:
+                watch.problems[NOT_ONE] = None
         groups = self._groups()
         added = [p for p in self._parameters() if id(p) not in self._owned]
         self._owned |= groups.keys()

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lipdyn_torch import LipschitzMonitor, NoSupportedLayerError, UnownedParametersError, moments, pathwise, sde
 from lipdyn_torch.dynamics import bridge_variance, epoch_means
+from lipdyn_torch.fallback import FallbackRule
 from lipdyn_torch.history import ResumeError
 from lipdyn_torch.layers import _RULES, register_rule
 from lipdyn_torch.low_rank import LowRankSumRule
@@ -909,6 +910,68 @@ def test_an_expert_without_samples():
         train(model, monitor._optimizer)
     assert statuses(monitor)["first"] == "ok"
     assert statuses(monitor)["second"] == "no samples reached this layer"
+
+
+class Router(nn.Module):
+    """As Hugging Face's: logits, weights and choices in one tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6))
+
+    def forward(self, x):
+        logits = x @ self.weight.T
+        return logits, logits.softmax(-1), logits.argmax(-1)
+
+
+class RouterRule(FallbackRule):
+    def output(self, module, output):
+        return output[0]
+
+
+class Weighted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.router, self.head = nn.Linear(6, 6), Router(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.trunk(x)
+        _, weights, choices = self.router(x)
+        return self.head(x * weights.gather(-1, choices[:, None]))
+
+
+def test_a_module_that_returns_several_tensors():
+    """Why it is not read is known; a rule of one's own says which is the output."""
+    model = Weighted().double()
+    x = torch.randn(8, 6).double()
+    with LipschitzMonitor(model, sgd(model, 0.0)) as monitor:
+        train(model, monitor._optimizer, x)
+    found = statuses(monitor)
+    assert found["router.weight"] == found["network"].removeprefix("router.weight: ")
+    assert found["router.weight"].endswith("past the monitor: the module's output is not one tensor")
+    register_rule(Router, RouterRule())
+    try:
+        with LipschitzMonitor(model, sgd(model)) as monitor:
+            train(model, monitor._optimizer, x)
+    finally:
+        del _RULES[Router]
+    assert set(statuses(monitor).values()) == {"ok"}
+    assert monitor.history.rows[1]["kappa"] > 0
+
+
+@pytest.mark.parametrize("depth", [3, 4])
+def test_the_network_says_once_what_many_layers_say(depth):
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(depth)), nn.Linear(6, 1))
+    with LipschitzMonitor(model, sgd(model)) as monitor:
+        model(torch.randn(8, 6)).square().mean().backward()
+        nn.utils.clip_grad_norm_([p for layer in model[:-1] for p in layer.parameters()], 1e-3)
+        nn.utils.clip_grad_value_(model[-1].parameters(), 1e-3)
+        monitor._optimizer.step()
+    found = statuses(monitor)
+    network = found.pop("network")
+    assert len(set(found.values())) == 2
+    several = "0, 1, 2" if depth == 3 else "4 layers"
+    assert network == f"{several}: {found['0']}; {depth}: {found[str(depth)]}"
 
 
 class Routed(nn.Module):
