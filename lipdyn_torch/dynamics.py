@@ -294,12 +294,14 @@ def epoch_means(v: ArrayLike, batch: ArrayLike, dataset_size: int) -> NDArray[np
     """Noise of the steps, ``v_k M_k`` averaged over each epoch (theory 2.10: it varies slowly).
 
     One batch tells v with an error of its own; without the average the bridge would not close at the epoch's end. What
-    is NaN stays so and counts for nothing.
+    is NaN stays so and counts for nothing; noise of a batch whose size is not known (0) is NaN.
 
     Examples
     --------
     >>> epoch_means([0.2, 0.3, 0.1, 0.4], [4] * 4, dataset_size=8).tolist()
     [0.25, 0.25, 0.25, 0.25]
+    >>> epoch_means([0.2, 0.1, 0.0], [4, 0, 0], dataset_size=8).tolist()
+    [0.2, nan, 0.0]
     """
     steps = _epochs(v, batch, dataset_size)
     epoch = np.cumsum([first for _, _, first in steps])
@@ -309,7 +311,8 @@ def epoch_means(v: ArrayLike, batch: ArrayLike, dataset_size: int) -> NDArray[np
     sums = np.bincount(epoch[known], scaled[known], minlength=len(steps) + 1)
     means = sums / np.maximum(np.bincount(epoch[known], minlength=len(steps) + 1), 1)
     spread = np.divide(means[epoch], sizes, out=np.zeros(len(steps)), where=sizes > 0)
-    return np.where(np.isnan(scaled), np.nan, spread)
+    lost = (sizes == 0) & (np.array([v_k for v_k, _, _ in steps]) > 0)
+    return np.where(np.isnan(scaled) | lost, np.nan, spread)
 
 
 def sample_paths(
