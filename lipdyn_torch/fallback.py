@@ -1,4 +1,7 @@
-"""Modules whose weights are used inside their own forward pass: per-sample gradients by `torch.func`, in chunks.
+"""Modules whose weights are used inside their own forward pass, which hooks cannot see into: they are run again.
+
+Attention is run on the whole batch, as it is known what it does with its weights. Of other modules gradients of single
+samples are made by `torch.func`, in chunks.
 
 The module is run again, in float64, on each sample of the input it was given, and the gradient of its output is
 pulled back to its parameters. That costs the module's own forward and backward pass once more, and never holds
@@ -21,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from lipdyn_torch.layers import Block, LayerRule, chunks, register_rule
+from lipdyn_torch.layers import Block, LayerRule, LinearRule, Sums, chunks, register_rule, working
 
 __all__ = ["AttentionRule", "FallbackRule"]
 
@@ -80,21 +83,15 @@ class FallbackRule(LayerRule):
         """``G_i`` by pulling the output gradient back through the module, one sample at a time."""
         args, kwargs, buffers, training = x
         (name,) = self.parameters(module, block.part)
-        twin, axis = self._twin(module).train(training), self.sample_axis(module)
+        twin = twin_of(module).train(training)
         fixed = {key: _double(value) for key, value in module.named_parameters()}
-        delta = _double(delta).movedim(axis, 0)
-        keys: list[str | None] = []  # of tensors that are arguments by themselves
-        for key, argument in (*((None, value) for value in args), *kwargs.items()):
-            keys += [key if isinstance(argument, Tensor) else None] * len(tree_leaves(argument))
+        delta = _double(delta)
         leaves, structure = tree_flatten((args, kwargs))
         values = list(map(_double, leaves))
-        axes = [self.argument_axis(module, key, value, len(delta)) for key, value in zip(keys, values, strict=True)]
+        axes = [0 if isinstance(a, Tensor) and a.ndim > 0 and len(a) == len(delta) else None for a in values]
 
         def pulled_back(weight: Tensor, d: Tensor, *sample: Any) -> Tensor:
-            whole = [
-                value if a is None else self.one_sample(value, a, key)
-                for value, a, key in zip(sample, axes, keys, strict=True)
-            ]
+            whole = [value if axis is None else value[None] for value, axis in zip(sample, axes, strict=True)]
             given, named = tree_unflatten(whole, structure)
 
             def run(weight: Tensor) -> Tensor:
@@ -103,59 +100,49 @@ class FallbackRule(LayerRule):
                 assert out is not None
                 return out
 
-            return torch.func.vjp(run, weight)[1](d.unsqueeze(axis))[0]
+            return torch.func.vjp(run, weight)[1](d[None])[0]
 
         weight = fixed[name]
-        mapped = torch.func.vmap(pulled_back, (None, 0, *(None if a is None else 0 for a in axes)))
+        mapped = torch.func.vmap(pulled_back, (None, 0, *axes))
         for chunk in chunks(len(delta), weight.numel() + delta[0].numel()):
-            part = [v if a is None else v.movedim(a, 0)[chunk] for v, a in zip(values, axes, strict=True)]
+            part = [value if axis is None else value[chunk] for value, axis in zip(values, axes, strict=True)]
             # the other kernels have no rule for vmap, and torch warns of each function that is slow under it
             with _no_draws(), sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
                 G = mapped(weight, delta[chunk], *part)
             yield torch.stack([self.matrices(module, block.part, (g,))[block.group] for g in G])
 
-    def sample_axis(self, module: Any) -> int:
-        """Where samples are counted in the module's input and output."""
-        return 0
 
-    def argument_axis(self, module: Any, key: str | None, value: Any, samples: int) -> int | None:
-        """Where samples are counted in an argument; None if all samples share it."""
-        axis = self.sample_axis(module)
-        counted = isinstance(value, Tensor) and value.ndim > axis and value.shape[axis] == samples
-        return axis if counted else None
-
-    def one_sample(self, value: Tensor, axis: int, key: str | None) -> Tensor:
-        """An argument with the sample axis put back."""
-        return value.unsqueeze(axis)
-
-    @staticmethod
-    def _twin(module: nn.Module) -> nn.Module:
-        """A copy as the module is now, without hooks, and without storage: parameters and buffers are handed to it."""
-        memo: dict[int, Any] = {id(b): b.detach().to("meta") for b in module.buffers()}
-        memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
-        twin = copy.deepcopy(module, memo)
-        for part in twin.modules():
-            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-                getattr(part, hooks).clear()
-            if getattr(part, "sparse", False):  # gradients of single samples are dense
-                part.sparse = False  # type: ignore[assignment]
-        return twin
+def twin_of(module: nn.Module) -> nn.Module:
+    """A copy as the module is now, without hooks, and without storage: parameters and buffers are handed to it."""
+    memo: dict[int, Any] = {id(b): b.detach().to("meta") for b in module.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(part, hooks).clear()
+        if getattr(part, "sparse", False):  # gradients of single samples are dense
+            part.sparse = False  # type: ignore[assignment]
+    return twin
 
 
-class AttentionRule(FallbackRule):
+class AttentionRule(LinearRule):
     """``nn.MultiheadAttention``: the projections of queries, keys and values, and the output projection.
 
-    The module uses its weights inside one function call that hooks cannot see into, so it is run again.
+    The module uses its weights inside one function call that hooks cannot see into. With identities in their place it
+    is run again on what is projected already: that gives the gradients of these, and each projection is then a linear
+    layer on sequences.
     """
 
     def unsupported(self, module: nn.Module) -> str | None:
-        """Always readable; with dropout in training the rows say why noise terms are missing."""
+        """Readable as torch has it; with dropout in training the rows say why noise terms are missing."""
+        if type(module).forward is not nn.MultiheadAttention.forward:
+            return f"{type(module).__name__} has a forward pass of its own: register a rule for it"
         return None
 
     def parts(self, module: Any) -> tuple[str, ...]:
         """Four matrices."""
-        return ("q", "k", "v", "out_proj")
+        return (*_PROJECTED, "out_proj")
 
     def parameters(self, module: Any, part: str) -> tuple[str, ...]:
         """``in_proj_weight`` for the first three, unless they are kept apart."""
@@ -174,46 +161,92 @@ class AttentionRule(FallbackRule):
             tensor = tensor.chunk(3)["qkv".index(part)]
         return tensor[None]
 
+    def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """All arguments by name, the mode the module had, and room for what the projections see."""
+        given = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+        return tree_map_only(Tensor, Tensor.detach, given), module.training, {}
+
     def output(self, module: Any, output: Any) -> Tensor | None:
         """The attended values; a loss on the attention weights is not seen, and noticed."""
         return output[0]
 
     def samples(self, module: Any, delta: Tensor) -> int:
         """M, or 1 without a batch axis."""
-        return delta.shape[self.sample_axis(module)] if delta.ndim == 3 else 1
+        return delta.shape[0 if module.batch_first else 1] if delta.ndim == 3 else 1
+
+    def contract(
+        self,
+        module: Any,
+        x: Any,
+        delta: Tensor,
+        u: Tensor,
+        v: Tensor,
+        block: Block,
+        weights: Sequence[Tensor] | None = None,
+    ) -> Sums:
+        """As of a linear layer on sequences."""
+        return super().contract(module, *self._seen(module, x, delta, block.part), u, v, block, weights)
+
+    def sum_of_squares(self, module: Any, x: Any, delta: Tensor, block: Block) -> Tensor:
+        """As of a linear layer on sequences."""
+        return LinearRule().sum_of_squares(module, *self._seen(module, x, delta, block.part), block)
 
     def per_sample(self, module: Any, x: Any, delta: Tensor, block: Block) -> Iterator[Tensor]:
-        """As for any module; a single sequence gets its batch axis first."""
-        args, kwargs, buffers, training = x
-        if training and module.dropout > 0:
-            raise NotImplementedError("attention with dropout cannot be run again")
-        if delta.ndim == 2:
-            raise NotImplementedError("attention without a batch axis")
-        for position, name in enumerate(_ATTENTION_ARGUMENTS[: len(args)]):
-            kwargs = {**kwargs, name: args[position]}
-        mask = kwargs.get("attn_mask")
-        if mask is not None and mask.ndim == 3:
-            kwargs["attn_mask"] = mask.reshape(-1, module.num_heads, *mask.shape[1:])
-        return super().per_sample(module, ((), kwargs, buffers, training), delta, block)
+        """As of a linear layer on sequences."""
+        return super().per_sample(module, *self._seen(module, x, delta, block.part), block)
 
-    def sample_axis(self, module: Any) -> int:
-        """First or second, as the module has it."""
-        return 0 if module.batch_first else 1
+    def _seen(self, module: Any, x: Any, delta: Tensor, part: str) -> tuple[Tensor, Tensor]:
+        """Input and output gradient of a projection, samples first; found for all four at once."""
+        given, training, seen = x
+        if not seen:
+            if training and module.dropout > 0:
+                raise NotImplementedError("attention with dropout cannot be run again")
+            if delta.ndim == 2:
+                raise NotImplementedError("attention without a batch axis")
+            first = 0 if module.batch_first else 1
+            for name, pair in self._run(module, given, delta).items():
+                seen[name] = tuple(tensor.movedim(first, 0) for tensor in pair)
+        found: tuple[Tensor, Tensor] = seen[part]
+        return found
 
-    def argument_axis(self, module: Any, key: str | None, value: Any, samples: int) -> int | None:
-        """Masks have their own axes."""
-        if key in ("query", "key", "value"):
-            return self.sample_axis(module)
-        if not isinstance(value, Tensor) or key not in ("key_padding_mask", "attn_mask"):
-            return None
-        return 0 if key == "key_padding_mask" or value.ndim == 4 else None
+    @staticmethod
+    def _run(module: Any, given: dict[str, Any], delta: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The same with the module's own order of axes."""
+        dtype = torch.promote_types(working(given["query"]).dtype, working(delta).dtype)
 
-    def one_sample(self, value: Tensor, axis: int, key: str | None) -> Tensor:
-        """A mask of all heads is one sample's already."""
-        return value if key == "attn_mask" else value.unsqueeze(axis)
+        def cast(value: Any) -> Any:
+            return value.detach().to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        own = {name: cast(parameter) for name, parameter in module.named_parameters()}
+        eye = torch.eye(module.embed_dim, dtype=dtype, device=delta.device)
+        if module._qkv_same_embed_dim:
+            matrices, state = own["in_proj_weight"].chunk(3), {"in_proj_weight": eye.repeat(3, 1)}
+        else:
+            names = [f"{part}_proj_weight" for part in _PROJECTED]
+            matrices, state = tuple(own[name] for name in names), dict.fromkeys(names, eye)
+        biases: Sequence[Tensor | None] = (None,) * 3
+        if "in_proj_bias" in own:
+            biases = own["in_proj_bias"].chunk(3)
+        zeros = {name: torch.zeros_like(own[name]) for name in ("in_proj_bias", "out_proj.bias") if name in own}
+        state = {**own, **state, **zeros, "out_proj.weight": eye}
+        arguments = {name: cast(value) for name, value in given.items()}
+        inputs = [arguments.pop(name) for name in _ARGUMENTS[:3]]
+        projected = [nn.functional.linear(*three) for three in zip(inputs, matrices, biases, strict=True)]
+        twin = twin_of(module).train()  # the way that evaluation takes has no gradients
+        twin.dropout = 0.0  # type: ignore[assignment]
+
+        def attended(*projected: Tensor) -> Tensor:
+            out: Tensor = torch.func.functional_call(twin, state, projected, arguments)[0]
+            return out
+
+        context, pulled_back, *_ = torch.func.vjp(attended, *projected)
+        delta = cast(delta)
+        gradients = (*pulled_back(delta @ own["out_proj.weight"]), delta)
+        return dict(zip((*_PROJECTED, "out_proj"), zip((*inputs, context), gradients, strict=True), strict=True))
 
 
-_ATTENTION_ARGUMENTS = (
+_PROJECTED = ("q", "k", "v")
+_ARGUMENTS = (
     *("query", "key", "value", "key_padding_mask", "need_weights"),
     *("attn_mask", "average_attn_weights", "is_causal"),
 )

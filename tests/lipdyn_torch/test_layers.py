@@ -289,7 +289,7 @@ def test_report_names_everything():
         entries = {entry.module: (entry.how, entry.detail) for entry in monitor.report()}
     assert entries["linear"] == ("monitored", "2 x 3")
     assert entries["conv"] == ("monitored", "2 of 2 x 4")
-    assert {entries[f"attention.{part}"] for part in ("q", "k", "v", "out_proj")} == {("fallback", "4 x 4")}
+    assert {entries[f"attention.{part}"] for part in ("q", "k", "v", "out_proj")} == {("monitored", "4 x 4")}
     assert entries["own.mix"] == ("fallback", "5 x 4")
     assert entries["frozen"] == ("monitored", "2 x 2, frozen: sigma only")
     assert entries["norm"] == ("skipped", "no rule for LayerNorm")
@@ -409,3 +409,58 @@ def test_rules_that_are_none():
         with pytest.raises(TypeError, match=r"expected an instance of LayerRule, such as LinearRule\(\), got "):
             register_rule(nn.Bilinear, rule)
     assert find_rule(nn.Bilinear(2, 2, 2)) is None
+
+
+ATTENTIONS = {
+    "causal": ({}, {"attn_mask": torch.ones(3, 3).triu(1).bool(), "is_causal": True, "need_weights": False}),
+    "padding": ({"batch_first": True}, {"key_padding_mask": torch.tensor([[False, False, True]] * 4)}),
+    "masks-of-heads": ({}, {"attn_mask": torch.linspace(-1, 1, 4 * 2 * 3 * 3).reshape(8, 3, 3)}),
+    "extra-keys": ({"add_bias_kv": True, "add_zero_attn": True}, {"average_attn_weights": False}),
+    "no-biases": ({"bias": False, "batch_first": True}, {"need_weights": False}),
+    "evaluation": ({"dropout": 0.5}, {}),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("crossed", [False, True], ids=["self", "crossed"])
+def test_attention_against_one_sample_at_a_time(name, crossed):
+    """All options of the module; with ``crossed`` queries, keys and values differ, and so do their widths."""
+    torch.manual_seed(0)
+    settings, options = ATTENTIONS[name]
+    widths = {"kdim": 3, "vdim": 5} if crossed else {}
+    module = nn.MultiheadAttention(6, 2, **settings, **widths).double().train(name != "evaluation")
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.5)
+    query = torch.randn(3, 4, 6, dtype=F64)
+    key, value = (torch.randn(3, 4, width, dtype=F64) for width in (3, 5)) if crossed else (query, query)
+    axis = 0 if module.batch_first else 1
+    args = [z.movedim(1, axis) for z in (query, key, value)]
+    options = {
+        k: z.double() if isinstance(z, torch.Tensor) and z.is_floating_point() else z for k, z in options.items()
+    }
+    rule = find_rule(module)
+    out = module(*args, **options)[0]
+    delta = torch.randn_like(out)
+    x = rule.inputs(module, tuple(args), options)
+    u = {"q": torch.randn(6), "k": torch.randn(6), "v": torch.randn(6), "out_proj": torch.randn(6)}
+    for part in rule.parts(module):
+        (path,) = rule.parameters(module, part)
+        weight = module.get_parameter(path)
+        found = torch.cat(list(rule.per_sample(module, x, delta, Block(part))))
+        for i in range(4):
+            loss = (out.select(axis, i) * delta.select(axis, i)).sum()
+            (G,) = torch.autograd.grad(loss, weight, retain_graph=True)
+            expected = rule.matrix(module, part, [G], 0)
+            torch.testing.assert_close(found[i], expected, rtol=1e-10, atol=1e-12)
+        a, b = u[part].double(), torch.randn(found.shape[2], dtype=F64)
+        p, q = rule.contract(module, x, delta, a, b, Block(part))
+        torch.testing.assert_close(p, found @ b, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(q, found.mT @ a, rtol=1e-10, atol=1e-12)
+
+
+def test_attention_with_a_forward_pass_of_its_own():
+    class Scaled(nn.MultiheadAttention):
+        def forward(self, query, key, value):
+            return super().forward(2.0 * query, key, value)
+
+    assert unsupported_reason(Scaled(4, 2)) == "Scaled has a forward pass of its own: register a rule for it"
