@@ -3,7 +3,7 @@
 Attention is run on the whole batch, as it is known what it does with its weights. Of other modules gradients of single
 samples are made by `torch.func`, in chunks.
 
-The module is run again, in float64, on each sample of the input it was given, and the gradient of its output is
+There the module is run again, in float64, on each sample of the input it was given, and the gradient of its output is
 pulled back to its parameters. That costs the module's own forward and backward pass once more, and never holds
 more than a chunk of per-sample gradients. A copy without hooks, buffers or storage of its own is run, so nothing
 of the training sees it. Modules that draw random numbers cannot be run again; their rows say so.
