@@ -295,7 +295,6 @@ EPOCHS = [([64] * 15 + [40], (2, 3, 4, 5, 7, 10)), ([50] * 20, (2, 3, 4, 5, 7, 1
 def test_epochs_are_counted_between_monitored_steps(sizes, every):
     """The band is that of a run with every step monitored, and of all orders in which samples are drawn."""
     samples = 1000
-    dropped = sum(sizes) < samples
     history, whole = (epochs_of(sizes, 8, e, samples) for e in (every, 1))
     found, truth = sde(history), sde(whole)
     np.testing.assert_allclose(found.half_width, truth.half_width[found.step], atol=1e-7)
