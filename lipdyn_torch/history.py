@@ -6,6 +6,7 @@ every monitored step and layer, and one with layer "network" for the sum over th
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -265,6 +266,8 @@ class JsonLinesSink:
 
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
+        if not self._file.closed:
+            _unlock(self._file)
         self._file.close()
 
     def _put(self, rows: Sequence[Row]) -> None:
@@ -420,6 +423,14 @@ def _lock(file: IO[bytes], path: Path) -> None:
         raise in_words(error, message) from error
     except OSError as error:  # some network file systems have no locks
         _LOG.info("%s: not locked (%s)", path, error.strerror)
+
+
+def _unlock(file: IO[bytes]) -> None:
+    """Let others write the file, also while processes forked from this one still have it open."""
+    with contextlib.suppress(ModuleNotFoundError, OSError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def check_same_run(old: dict[str, Any], new: dict[str, Any], what: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import tracemalloc
 
@@ -79,8 +80,10 @@ def test_one_writer_at_a_time(tmp_path):
     with pytest.raises(BlockingIOError, match=r"expected a file that nobody else writes, got .*history.jsonl"):
         JsonLinesSink(path, resume=True)
     assert path.read_bytes() == before
+    forked = os.dup(sink._file.fileno())  # as workers of a data loader have it
     sink.close()
     write(path, [1], resume=True)
+    os.close(forked)
     assert read_history(path).steps == [0, 1]
 
 
