@@ -117,6 +117,7 @@ class Watch:
     eps: float = field(default=0.0, init=False)  # of the least precise tensor caught
     lengths: tuple[int, ...] = field(default=(), init=False)  # all axes of an output but the last
     latent: bool = field(default=False, init=False)  # the input was a parameter itself
+    unread: bool = field(default=False, init=False)  # the module's last output was not one tensor
     indices: Tensor | None = field(default=None, init=False)  # that the table was read at in the last measured step
     now: Tensor | None = field(default=None, init=False)  # and in this one, first
     same_indices: bool = field(default=False, init=False)  # which are the same
@@ -295,7 +296,7 @@ class Watch:
         """Drop what was received."""
         self.passes, self.problems = {}, {}
         self.accumulated, self.eps, self.totals, self.versions, self.reached = False, 0.0, [], {}, set()
-        self.lengths, self.latent, self.resized, self.same_indices = (), False, False, False
+        self.lengths, self.latent, self.unread, self.resized, self.same_indices = (), False, False, False, False
         self.indices, self.now = self.now, None
 
 
@@ -392,6 +393,8 @@ class _ForwardHook:
         """Hook the output."""
         tap = self.tap
         output = tap.rule.output(module, output)
+        for watch, _ in tap.feeds:
+            watch.unread = output is None
         if output is None or _is_symbolic(output):
             return
         if not output.requires_grad:

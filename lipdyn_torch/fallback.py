@@ -16,8 +16,8 @@ import copy
 import random
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -26,14 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from lipdyn_torch.layers import Block, LayerRule, LinearRule, Sums, chunks, register_rule, working
+from lipdyn_torch.layers import Block, LayerRule, LinearRule, chunks, register_rule, working
 
 __all__ = ["AttentionRule", "FallbackRule"]
 
 #: `unsupported_reason` says the same of layers that have a rule.
 PARAMETRISED = "its weight is computed from other parameters (a parametrisation)"
-#: Modules whose last output was not one tensor.
-unread_outputs: WeakSet[nn.Module] = WeakSet()
 _NO_FALLBACK = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -73,21 +71,15 @@ class FallbackRule(LayerRule):
         given, named = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         return given, named, buffers, module.training
 
-    def output(self, module: nn.Module, output: Any) -> Tensor | None:
-        """The output, if it is one tensor; of several only a rule of the user's own knows which to take."""
-        found = super().output(module, output)
-        (unread_outputs.add if found is None else unread_outputs.discard)(module)
-        return found
-
     def per_sample(self, module: nn.Module, x: Any, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """``G_i`` by pulling the output gradient back through the module, one sample at a time."""
         args, kwargs, buffers, training = x
         (name,) = self.parameters(module, block.part)
         twin = twin_of(module).train(training)
-        fixed = {key: _double(value) for key, value in module.named_parameters()}
-        delta = _double(delta)
+        fixed = {key: _floats(value) for key, value in module.named_parameters()}
+        delta = _floats(delta)
         leaves, structure = tree_flatten((args, kwargs))
-        values = list(map(_double, leaves))
+        values = list(map(_floats, leaves))
         axes = [0 if isinstance(a, Tensor) and a.ndim > 0 and len(a) == len(delta) else None for a in values]
 
         def pulled_back(weight: Tensor, d: Tensor, *sample: Any) -> Tensor:
@@ -95,7 +87,7 @@ class FallbackRule(LayerRule):
             given, named = tree_unflatten(whole, structure)
 
             def run(weight: Tensor) -> Tensor:
-                state = {**fixed, name: weight} | {key: _double(b).clone() for key, b in buffers.items()}
+                state = {**fixed, name: weight} | {key: _floats(b).clone() for key, b in buffers.items()}
                 out = self.output(module, torch.func.functional_call(twin, state, given, named))
                 assert out is not None
                 return out
@@ -174,28 +166,7 @@ class AttentionRule(LinearRule):
         """M, or 1 without a batch axis."""
         return delta.shape[0 if module.batch_first else 1] if delta.ndim == 3 else 1
 
-    def contract(
-        self,
-        module: Any,
-        x: Any,
-        delta: Tensor,
-        u: Tensor,
-        v: Tensor,
-        block: Block,
-        weights: Sequence[Tensor] | None = None,
-    ) -> Sums:
-        """As of a linear layer on sequences."""
-        return super().contract(module, *self._seen(module, x, delta, block.part), u, v, block, weights)
-
-    def sum_of_squares(self, module: Any, x: Any, delta: Tensor, block: Block) -> Tensor:
-        """As of a linear layer on sequences."""
-        return LinearRule().sum_of_squares(module, *self._seen(module, x, delta, block.part), block)
-
-    def per_sample(self, module: Any, x: Any, delta: Tensor, block: Block) -> Iterator[Tensor]:
-        """As of a linear layer on sequences."""
-        return super().per_sample(module, *self._seen(module, x, delta, block.part), block)
-
-    def _seen(self, module: Any, x: Any, delta: Tensor, part: str) -> tuple[Tensor, Tensor]:
+    def operands(self, module: Any, x: Any, delta: Tensor, part: str) -> tuple[Tensor, Tensor]:
         """Input and output gradient of a projection, samples first; found for all four at once."""
         given, training, seen = x
         if not seen:
@@ -214,9 +185,7 @@ class AttentionRule(LinearRule):
         """The same with the module's own order of axes."""
         dtype = torch.promote_types(working(given["query"]).dtype, working(delta).dtype)
 
-        def cast(value: Any) -> Any:
-            return value.detach().to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
+        cast = partial(_floats, dtype=dtype)
         own = {name: cast(parameter) for name, parameter in module.named_parameters()}
         eye = torch.eye(module.embed_dim, dtype=dtype, device=delta.device)
         if module._qkv_same_embed_dim:
@@ -275,9 +244,9 @@ def host_random_kept() -> Iterator[list[bool]]:
             np.random.set_state(numpy)  # noqa: NPY002
 
 
-def _double(value: Any) -> Any:
-    """Floating-point tensors in float64; anything else as it is."""
-    return value.detach().to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
+def _floats(value: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Floating-point tensors in that precision; anything else as it is."""
+    return value.detach().to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 register_rule(nn.MultiheadAttention, AttentionRule())

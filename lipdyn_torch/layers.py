@@ -209,10 +209,14 @@ class LinearRule(LayerRule):
     ([[1.0, 2.0]], [[2.0, 2.0, 2.0]])
     """
 
+    def operands(self, module: Any, x: Any, delta: Tensor, part: str) -> tuple[Tensor, Tensor]:
+        """Input and output gradient of the matrix, samples first."""
+        return x, delta
+
     def contract(
         self,
-        module: nn.Module,
-        x: Tensor,
+        module: Any,
+        x: Any,
         delta: Tensor,
         u: Tensor,
         v: Tensor,
@@ -220,19 +224,19 @@ class LinearRule(LayerRule):
         weights: Sequence[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """``p_i = sum_t delta_it (x_it . v)``, ``q_i = sum_t x_it (delta_it . u)``; theory 2.4 with weights."""
-        x, delta = map(self.positions, together(x, delta))
+        x, delta = map(self.positions, together(*self.operands(module, x, delta, block.part)))
         return ghost(x, delta, u, v, self.weights(module, block, weights))
 
-    def sum_of_squares(self, module: nn.Module, x: Tensor, delta: Tensor, block: Block) -> Tensor:
+    def sum_of_squares(self, module: Any, x: Any, delta: Tensor, block: Block) -> Tensor:
         """``(delta o delta)^T (x o x)`` for vectors; per-sample gradients in chunks for sequences."""
-        a, d = self.positions(x.double()), self.positions(delta.double())
+        a, d = (self.positions(tensor.double()) for tensor in self.operands(module, x, delta, block.part))
         if a.shape[1] == 1:  # one position: the square of an outer product is the outer product of squares
             return d[:, 0].square().T @ a[:, 0].square()
         return sum_of_squares(self.per_sample(module, x, delta, block))
 
-    def per_sample(self, module: nn.Module, x: Tensor, delta: Tensor, block: Block) -> Iterator[Tensor]:
+    def per_sample(self, module: Any, x: Any, delta: Tensor, block: Block) -> Iterator[Tensor]:
         """``G_i = sum_t delta_it x_it^T``."""
-        x, delta = map(self.positions, together(x, delta))
+        x, delta = map(self.positions, together(*self.operands(module, x, delta, block.part)))
         for chunk in chunks(len(x), delta.shape[-1] * x.shape[-1]):
             yield delta[chunk].mT @ x[chunk]
 

@@ -27,7 +27,6 @@ from lipdyn_torch._measure import Measurement, network_row
 from lipdyn_torch._settings import batch_dims, check_settings, check_types, checked_sinks, innermost
 from lipdyn_torch.distributed import active, agree, local, share
 from lipdyn_torch.errors import LayerReplacedError, NoBackwardError, SilentHookError
-from lipdyn_torch.fallback import unread_outputs
 from lipdyn_torch.history import History, ResumeError, Sink
 from lipdyn_torch.integrations._extras import need
 from lipdyn_torch.layers import EmbeddingRule
@@ -597,7 +596,7 @@ class LipschitzMonitor:
             )
         self._check_alive()
         for watch in self._watches:
-            if watch.accumulated and not watch.passes and watch.module in unread_outputs:
+            if watch.accumulated and not watch.passes and watch.unread:
                 watch.problems[NOT_ONE] = None
         groups = self._groups()
         added = [p for p in self._parameters() if id(p) not in self._owned]
