@@ -45,7 +45,8 @@ from specpert.result import (
 )
 from specpert.triplet import SingularTriplet, as_tuple, assemble, no_resolvent
 
-_GRAM_FROM = 64  # smaller side from which the Gram matrix beats the SVD for the top value
+# Smaller side, or larger side and ratio of both, from which the Gram matrix beats the SVD for the top value
+_GRAM_FROM, _LONG, _RATIO = 64, 256, 16
 # From this side on SciPy's partial decomposition and Cholesky pay; below, its pool of threads beside NumPy's costs more
 _CHOLESKY_FROM = 256
 
@@ -68,7 +69,8 @@ def by_dense(
     index = check_indices(k, min(m, n), cluster=cluster)
     e = exponent(xp.astype(size, real, copy=False), xp)
     scaled = ldexp(A, -e[..., None, None], xp)
-    wanted = method == "gram" or (method == "auto" and min(m, n) >= _GRAM_FROM)
+    large = min(m, n) >= _GRAM_FROM or max(m, n) >= max(_LONG, _RATIO * min(m, n))
+    wanted = method == "gram" or (method == "auto" and large)
     count = len(as_tuple(index))
     top = (as_tuple(index) == tuple(range(count)) if cluster else index == 0) and count < min(m, n) > 2
     view = host_view(scaled) if wanted and A.ndim == 2 and top else None

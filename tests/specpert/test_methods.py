@@ -39,7 +39,7 @@ def assert_same(found, expected, d):
     assert np.abs((found - expected) * weights).max() <= 1e-12 * abs(expected[0]) / d
 
 
-SHAPES = [(70, 70), (70, 160), (160, 70), (5, 4), (4, 5), (3, 3), (256, 300), (300, 260)]
+SHAPES = [(70, 70), (70, 160), (160, 70), (5, 4), (4, 5), (3, 3), (3, 400), (400, 5), (256, 300), (300, 260)]
 
 
 @pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
@@ -61,6 +61,16 @@ def test_gram_is_the_svd(shape, complex_):
     directions = [H, H[::-1], H[:, ::-1]]
     mixed = [sigma_derivative(t, 3, directions=directions) for t in (gram, svd)]
     assert math.isclose(*mixed, rel_tol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(64, 66), (800, 20), (4, 256)], ids=str)
+def test_large_and_long_matrices_need_no_svd(shape, monkeypatch):
+    A, H = pair(shape)
+    expected = sigma_derivative(singular_triplet(A, method="svd"), 3, directions=H)
+    monkeypatch.setattr(np.linalg, "svd", None)
+    assert math.isclose(sigma_derivative(A, 3, directions=H), expected, rel_tol=1e-9)
+    with pytest.raises(TypeError, match="not callable"):
+        singular_triplet(A[:20, :20])  # the SVD was indeed taken away
 
 
 @pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
