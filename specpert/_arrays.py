@@ -80,6 +80,8 @@ def _as_array(x: Any, name: str) -> Array:
     if array_api_compat.is_array_api_obj(x) and not isinstance(x, np.ndarray | np.generic):
         if array_api_compat.is_torch_array(x) and str(x.layout) != "torch.strided":
             raise TypeError(f"expected {name} to be a dense tensor, got {x.layout}; convert it, e.g. {name}.to_dense()")
+        if array_api_compat.is_torch_array(x) and x.is_meta:
+            raise TypeError(f"expected {name} to hold numbers, got a tensor on the meta device; give it values first")
         return _plain(x)
     if hasattr(x, "toarray") or hasattr(x, "matvec"):
         raise TypeError(
@@ -100,9 +102,20 @@ def _plain(x: Any) -> Any:
     return x.detach().resolve_conj().resolve_neg() if array_api_compat.is_torch_array(x) else x
 
 
-def as_argument(x: Any, xp: Namespace) -> Array:
-    """A number or an array as an array of the library; a torch tensor for another one comes off its graph."""
-    return xp.asarray(x if array_api_compat.is_torch_namespace(xp) else _plain(x))
+def as_argument(x: Any, like: Array, xp: Namespace, dtype: Any) -> Array:
+    """A real number or array of any library as an array of that of `like`, in the precision `dtype` at least.
+
+    Among torch tensors it stays in its graph.
+    """
+    given = _as_array(x, "x")
+    x = x if array_api_compat.is_torch_array(x) and array_api_compat.is_torch_namespace(xp) else given
+    own = namespace(x)
+    if not own.isdtype(x.dtype, ("bool", "integral", "real floating")):
+        raise TypeError(f"expected x to be real, got {dtype_name(x)}")
+    argument, floating = _floating(x, "x", own), own.isdtype(x.dtype, "real floating")
+    if own is not xp:  # what is not NumPy's stays on its device
+        argument = xp.asarray(argument, device=array_api_compat.device(like) if is_numpy(x) else None)
+    return xp.astype(argument, xp.result_type(argument, dtype) if floating else dtype)
 
 
 def namespace(x: Array) -> Namespace:

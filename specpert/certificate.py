@@ -21,11 +21,9 @@ from specpert._arrays import (
     Namespace,
     array,
     as_argument,
-    dtype_name,
     eps,
     exponent,
     finite,
-    is_complex,
     ldexp,
     magnitude,
     real,
@@ -35,6 +33,7 @@ from specpert._checks import check_order
 from specpert._operators import Operator, spectral_norm_bound
 from specpert._recursion import Vectors, extend, products
 from specpert.prepare import prepare
+from specpert.result import NonFiniteError
 from specpert.triplet import SingularTriplet
 
 
@@ -108,20 +107,16 @@ class Certificate:
     def argument(self, x: Any) -> Array:
         """The argument x of a series as an array that broadcasts with its values, in at least their precision."""
         xp, like = self.triplet._xp, self.triplet._values
-        x = array(x, like, xp, dtype=self.triplet._dtype) if isinstance(x, int | float) else as_argument(x, xp)
-        if is_complex(x, xp) or not xp.isdtype(x.dtype, ("numeric", "bool")):
-            raise TypeError(f"expected x to be real, got {dtype_name(x)}")
-        x = (
-            xp.astype(x, xp.result_type(x.dtype, self.triplet._dtype))
-            if xp.isdtype(x.dtype, "real floating")
-            else (xp.astype(x, self.triplet._dtype))
-        )
+        dtype = self.triplet._dtype
+        x = array(x, like, xp, dtype) if isinstance(x, int | float) else as_argument(x, like, xp, dtype)
         return x[..., None] if self.triplet._several and x.ndim else x
 
     def remainder(self, x: Any, order: int) -> Array:
         """Bound of |sigma(A(x)) - partial sum of that order|; infinite for |x| >= r0."""
         xp, d = self.triplet._xp, self._safe_d
         x = xp.abs(self.argument(x))
+        if bool(xp.any(xp.isnan(x))):
+            raise NonFiniteError("expected x to be a number, got NaN")
         zero = xp.zeros_like(x) + xp.zeros_like(self._radius)
         certified = self._radius > 0
         rho = ldexp(x + zero, self._fit(self.t) + zero, xp) / xp.where(certified, self._radius, zero + 1)

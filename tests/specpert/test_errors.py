@@ -66,8 +66,10 @@ TABLE = [
     ),
     ("layer", lambda: sigma_gradient(torch.nn.Linear(3, 4)), TypeError, r"got Linear; give A\.weight"),
     ("nothing", lambda: sigma_gradient(None), TypeError, "expected A to be an array of numbers, got NoneType"),
+    ("meta", lambda: singular_triplet(torch.empty(2, 2, device="meta")), TypeError, "expected A to hold numbers, got a"),
     ("argument", lambda: sigma_series(A, H, 2)(np.inf), NonFiniteError, "expected x to be finite, got NaN or inf"),
     ("arguments", lambda: sigma_series(A, H, 2)(np.array([0.1, np.nan])), NonFiniteError, "expected x to be finite"),
+    ("argument_of_remainder", lambda: sigma_series(A, H, 2).remainder(np.nan), NonFiniteError, "a number, got NaN"),
     ("zeros", lambda: sigma_gradient(np.zeros((2, 3))), ZeroSingularValueError, "above zero, got zeros alone: "),
     (
         "zeros_in_a_stack",

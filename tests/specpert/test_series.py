@@ -409,8 +409,18 @@ def test_arguments_keep_the_precision_of_the_series():
     assert series(x).dtype == torch.float64
     truth = torch.linalg.matrix_norm(A + float(x[0]) * H, 2)
     assert abs(float(series(x)[0] - truth)) <= float(series.remainder(x)[0])
+    for given in ([1e-3], (1e-3,), np.array([1e-3]), np.float64(1e-3)):
+        np.testing.assert_array_equal(np.ravel(series(given)), series(1e-3))  # not rounded to torch's default
+    for half in (torch.tensor([0.5]).bfloat16(), torch.tensor([0.5]).half()):
+        assert series(half)[0] == sigma_series(A.numpy(), H.numpy(), 8)(half)[0] == series(0.5)
+    assert series([1]).dtype == series(torch.tensor([1])).dtype == torch.float64
+    at = torch.tensor(1e-3, dtype=torch.float64, requires_grad=True)
+    series(at).backward()
+    assert math.isclose(at.grad, sum(n * c * 1e-3 ** (n - 1) for n, c in enumerate(series.coefficients)))
     with pytest.raises(TypeError, match="x to be real"):
         series(torch.tensor([1j]))
+    with pytest.raises(ValueError, match="x to be a rectangular array"):
+        series([[1.0], [1.0, 2.0]])
     with pytest.raises(TypeError, match="x to be a real number"):
         sigma_series(A, H, 2, k=(0, 1)).values(x)
 
