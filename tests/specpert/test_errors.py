@@ -66,7 +66,7 @@ TABLE = [
     ),
     ("layer", lambda: sigma_gradient(torch.nn.Linear(3, 4)), TypeError, r"got Linear; give A\.weight"),
     ("nothing", lambda: sigma_gradient(None), TypeError, "expected A to be an array of numbers, got NoneType"),
-    ("meta", lambda: singular_triplet(torch.empty(2, 2, device="meta")), TypeError, "expected A to hold numbers, got a"),
+    ("meta", lambda: singular_triplet(torch.empty(2, 2, device="meta")), TypeError, "A to hold numbers, got a tensor"),
     ("argument", lambda: sigma_series(A, H, 2)(np.inf), NonFiniteError, "expected x to be finite, got NaN or inf"),
     ("arguments", lambda: sigma_series(A, H, 2)(np.array([0.1, np.nan])), NonFiniteError, "expected x to be finite"),
     ("argument_of_remainder", lambda: sigma_series(A, H, 2).remainder(np.nan), NonFiniteError, "a number, got NaN"),

@@ -409,8 +409,8 @@ def test_arguments_keep_the_precision_of_the_series():
     assert series(x).dtype == torch.float64
     truth = torch.linalg.matrix_norm(A + float(x[0]) * H, 2)
     assert abs(float(series(x)[0] - truth)) <= float(series.remainder(x)[0])
-    for given in ([1e-3], (1e-3,), np.array([1e-3]), np.float64(1e-3)):
-        np.testing.assert_array_equal(np.ravel(series(given)), series(1e-3))  # not rounded to torch's default
+    for argument in ([1e-3], (1e-3,), np.array([1e-3]), np.float64(1e-3)):
+        np.testing.assert_array_equal(np.ravel(series(argument)), series(1e-3))  # not rounded to torch's default
     for half in (torch.tensor([0.5]).bfloat16(), torch.tensor([0.5]).half()):
         assert series(half)[0] == sigma_series(A.numpy(), H.numpy(), 8)(half)[0] == series(0.5)
     assert series([1]).dtype == series(torch.tensor([1])).dtype == torch.float64
