@@ -51,6 +51,15 @@ class Vectors:
             self._products[l, j] = apply(self.Q[j]), apply_adjoint(self.P[j])
         return self._products[l, j]
 
+    def seen_from_the_first(self, n: int, cluster: bool, xp: Namespace) -> Array:
+        """sum_l <w_0, T_l w_{n-l}> = sum_l <T_l w_0, w_{n-l}>, which needs no product with the last vectors."""
+        total: Array | float = 0.0
+        for l in range(1, min(n, len(self.family)) + 1):
+            Aq, Ap = self.product(l, 0)
+            inner = block_product(Aq, self.P[n - l], cluster, xp) + block_product(Ap, self.Q[n - l], cluster, xp)
+            total = total + inner / 2
+        return total
+
     def right_hand_side(self, n: int) -> tuple[Array, Array]:
         """sum_l T_l w_{n-l}."""
         f, g = self.product(1, n - 1)
@@ -98,10 +107,10 @@ def extend(
     E = [E0]
     P, Q = vectors.P, vectors.Q
     for n in range(1, order + 1):
-        f, g = vectors.right_hand_side(n)
-        E.append((block_product(P[0], f, cluster, xp) + block_product(Q[0], g, cluster, xp)) / 2)
+        E.append(vectors.seen_from_the_first(n, cluster, xp))
         if n == order and not last:
             break
+        f, g = vectors.right_hand_side(n)
         for j in range(1, n):
             f = f - spread(P[j], E[n - j], cluster)
             g = g - spread(Q[j], E[n - j], cluster)
