@@ -319,7 +319,9 @@ def taylor(spectrum: Spectrum, step: Tensor, order: int = 3) -> list[float]:
 
 @one_thread
 def cluster_values(spectrum: Spectrum, steps: Tensor, size: float) -> list[float] | None:
-    """Largest singular value after ``steps`` (g, m, n), to order 1, 2, 3, by effective matrices (theory 2.8, 1.8).
+    """Largest singular value after ``steps`` (g, m, n), to order 1, 2, 3, by effective matrices (theory 2.8).
+
+    They are those of theory 1.8, which solve with each value's own denominator, not with that of the largest for all.
 
     All singular values from which a step of norm ``size`` cannot keep the largest apart are taken as one cluster in
     each group, so that no small gap is divided by.

@@ -353,7 +353,8 @@ class ConvolutionOperator:
     def torus(self) -> list[int]:
         """Pixels of the least torus on which nothing that pads or is padded meets the other end (theory 3.3).
 
-        The norm there is an upper bound, and the norm itself of a convolution that is one on a torus.
+        It may be less than the H + d (k - 1) there, as the same zeros can pad both ends. The norm there is an upper
+        bound, and the norm itself of a convolution that is one on a torus.
 
         Examples
         --------

@@ -179,7 +179,8 @@ class LipschitzMonitor:
         Rows with the columns below; ``history.to_pandas()`` is the table.
     layers : list of str
         Names of the rows, which are those of ``named_modules()``; a model that is itself a layer goes by the
-        name of its class, and a module with several matrices adds a part: ``attention.q``.
+        name of its class, and one with several matrices, or without a rule of its own, adds the part: ``attention.q``,
+        ``block.scale``.
     skipped : dict
         Modules with parameters that are not monitored, and why.
     noise : dict of str to GradientNoise

@@ -6,6 +6,7 @@ the spectrum of T0 = [[0, A], [A^*, 0]] (theory 1.9). All private arrays are tho
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
@@ -80,18 +81,18 @@ def by_dense(
             f"method='gram', got shape {tuple(A.shape)}, k = {index} on {array_device(A)}; use method='svd'"
         )
     if view is not None:
-        try:
+        # where the gap is within rounding of K, the SVD decides whether it is a tie
+        with contextlib.suppress(np.linalg.LinAlgError):
             return _by_gram(view, count, cluster, e, gap_tol, scaled, xp, v0, rtol, real)
-        except np.linalg.LinAlgError:  # the gap is within rounding of K: let the SVD decide whether it is a tie
-            if method == "gram":
-                raise ConvergenceError(
-                    "expected sigma_0 to be isolated well above rounding for method='gram', got a Gram matrix whose "
-                    "shift is not positive definite; use method='svd'"
-                ) from None
     scaled = to_precision(scaled, real, xp)
     tol = 10 * max(m, n) * eps(scaled, xp) if gap_tol is None else gap_tol
     U, s, Vh = xp.linalg.svd(scaled, full_matrices=False)
     gap, status = isolation(s, as_tuple(index), m != n, cluster, tol, xp)
+    if method == "gram":
+        raise ConvergenceError(
+            f"expected sigma_0 to be isolated well above rounding for method='gram', got a gap of {float(gap[0]):.1e} "
+            f"beside a sigma_0 of {float(s[0]):.1e}, in which a Gram matrix is not precise enough; use method='svd'"
+        )
     margin = 10 * max(m, n) * eps(scaled, xp) * s[..., 0]
     blank = SingularTriplet(
         index, tuple(A.shape), status, xp, e, s, U, Vh, gap, margin, no_resolvent, s.dtype, _cluster=cluster

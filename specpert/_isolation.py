@@ -77,8 +77,8 @@ def _raise_if_tied(gap: Array, s: Array, group: tuple[int, ...], tol: float, xp:
     raise DegenerateSingularValueError(
         f"expected {what}{_where(at)} to be isolated by more than {tol:.1e} sigma_0, got a gap of {relative:.3e} "
         f"sigma_0: the values {cluster} are tied and have no derivatives of their own; ask for the cluster with "
-        f"sigma_series(A, H, order, k={cluster}) or for the derivative of its mean with on_degenerate='cluster' "
-        "(of a dense array)",
+        f"sigma_series(A, H, order, k={cluster}) or for the derivative of its mean with on_degenerate='cluster', "
+        "either of a dense array",
         k=group[0],
         cluster=cluster,
         gap=relative,

@@ -51,8 +51,8 @@ def by_operator(A: Any, k: int | Sequence[int], cluster: bool, gap_tol: float | 
         return by_dense(dense, index, gap_tol, cluster, "svd", xp)
     if isinstance(index, tuple):
         raise TypeError(
-            f"expected one index k for a sparse array or operator, got {index}; ask for one after the other, or give a "
-            "dense array"
+            f"expected one index k for a sparse array or operator, got {index}; give a dense array (A.toarray())"
+            + ("" if cluster else ", or ask for one after the other")
         )
     if B.size == 0:
         raise ZeroSingularValueError("expected a singular value above zero, got a matrix of zeros")

@@ -153,6 +153,14 @@ class SmallSideResolvent:
         return (R, L, C.conj().T) if self.mirrored else (L, R, C)
 
     @property
+    def whole(self) -> np.ndarray:
+        """The matrix in the precision of the vectors, from a copy that was not rounded."""
+        matrix = self.solve.gram.B if isinstance(self.solve, CholeskySolver) else self.matrix
+        if matrix is None:
+            raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
+        return matrix.astype(self.u.dtype, copy=False)
+
+    @property
     def residuals(self) -> list[float]:
         """Residual of each solve so far, as one of the Jordan-Wielandt equation; empty for a factorisation."""
         return [r / float(self.sigma[0]) for r in getattr(self.solve, "residuals", [])]

@@ -237,7 +237,12 @@ class ClusterSolver:
                     self.residuals.append(float(np.max(norms * size[..., 0, :])))
                 return np.multiply(x, size, dtype=b.dtype)
             direction = left * (z + np.divide(slope, before, out=np.zeros_like(slope), where=left) * direction)
-        raise ConvergenceError("expected conjugate gradients to solve for a cluster, got none after 500 rounds")
+        reached = float(np.max(np.linalg.norm(residual, axis=-2)))
+        raise ConvergenceError(
+            f"expected conjugate gradients to solve for a cluster to {floor:.1e}, got a residual of {reached:.1e} "
+            "after 500 rounds: the next value is too close; use sigma_series(A, H, order, k=(0, 1, ...)), which takes "
+            "all singular vectors"
+        )
 
     rough = __call__
 

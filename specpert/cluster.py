@@ -103,9 +103,7 @@ def leading_cluster(A: Any, upper: float, lower: float, most: int = 16, *, rtol:
     except _TooManyError:
         return None
     except (np.linalg.LinAlgError, ConvergenceError):  # Gram matrix or factor do not tell the values apart
-        B = small.solve.gram.B if isinstance(small.solve, CholeskySolver) else small.matrix
-        B = B.astype(small.u.dtype, copy=False)
-        whole = from_host(adjoint(B, np) if small.mirrored else B, triplet._P0, triplet._xp)
+        whole = from_host(adjoint(small.whole, np) if small.mirrored else small.whole, triplet._P0, triplet._xp)
         cluster = _of_matrix(whole, upper, lower, most, triplet._xp)
         return cluster and replace(cluster, _e=cluster._e + triplet._e, _dtype=triplet._dtype)
 
@@ -258,7 +256,10 @@ def _leading(solver: CholeskySolver, upper: float, lower: float, most: int) -> t
                 return w[: wanted + 1], np.hstack([a, vectors]).astype(solver.a.dtype)
         if j + 1 < width:
             T[j + 1, j] = T[j, j + 1] = beta
-    raise ConvergenceError("expected Lanczos to find the values at the top, got none")
+    raise ConvergenceError(
+        f"expected Lanczos to find the values at the top within {width} steps, got errors of up to "
+        f"{float(errors.max()) / theta:.1e} of the largest"
+    )
 
 
 class _Refined(NamedTuple):

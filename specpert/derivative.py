@@ -59,7 +59,8 @@ def sigma_derivative(
     gap_tol : float, optional
         Distance to the next singular value, relative to the largest, below which the value counts as tied.
     on_degenerate : {"raise", "cluster"}
-        What to do at a tie of the value asked for: raise, or take the mean of the tied cluster, which is smooth.
+        What to do at a tie of the value asked for: raise, or take the mean of the tied cluster, which is smooth. The
+        array does not say which it was; ``singular_triplet(A, k)`` does, as it raises at a tie.
 
     Returns
     -------
@@ -113,7 +114,7 @@ def sigma_derivative(
     except DegenerateSingularValueError as error:
         if on_degenerate == "raise":
             raise
-        if isinstance(k, Sequence) or (A.ndim if hasattr(A, "ndim") else np.ndim(A)) > 2:
+        if np.ndim(k) > 0 or (A.ndim if hasattr(A, "ndim") else np.ndim(A)) > 2:
             raise ValueError(
                 "expected one matrix and one k with on_degenerate='cluster', as clusters differ from matrix to matrix; "
                 f"ask for one after the other ({error})"

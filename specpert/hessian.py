@@ -20,6 +20,7 @@ import numpy as np
 
 from specpert._arrays import (
     Array,
+    Namespace,
     Portable,
     adjoint,
     array,
@@ -28,6 +29,7 @@ from specpert._arrays import (
     exponent,
     eye,
     finite,
+    from_host,
     host_view,
     is_complex,
     is_numpy,
@@ -107,6 +109,16 @@ class SigmaHessian(Portable):
     @cached_property
     def _spectrum(self) -> _Spectrum:
         return _Spectrum(self.triplet)
+
+    @cached_property
+    def _all_values(self) -> Array:
+        """All singular values of A / 2^e, descending."""
+        if self.triplet._svd is not None:
+            return self.triplet._svd[1]
+        small = self.triplet._small_side
+        if small is None:
+            raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
+        return from_host(np.linalg.svd(small.whole, compute_uv=False), self.triplet._P0, self._xp)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -245,16 +257,17 @@ class SigmaHessian(Portable):
         ``1 / (sigma - s_i)`` and ``1 / (sigma + s_i)`` for each i != k, and ``1 / sigma`` ``|m - n|`` times; for
         complex A each twice, and ``1 / sigma`` once more.
         """
-        xp, k, sp = self._xp, self.triplet.k, self._spectrum
-        s = sp.s
+        xp, k, s, sigma = self._xp, self.triplet.k, self._all_values, self.triplet._values
+        assert isinstance(k, int)
         others = [i for i in range(s.shape[-1]) if i != k]
-        values = [2 * w[..., i] for w in (sp.minus, sp.plus) for i in others]
+        values = [2 * w[..., i] for w in _weights(s, sigma, k, xp) for i in others]
+        sigma = sigma[..., 0]
         m, n = self.triplet.shape[-2:]
-        values += [1 / sp.sigma] * abs(m - n)
+        values += [1 / sigma] * abs(m - n)
         if is_complex(self.triplet._P0, xp):
-            values = values * 2 + [1 / sp.sigma]
+            values = values * 2 + [1 / sigma]
         if not values:
-            return xp.zeros((*sp.sigma.shape, 0), dtype=s.dtype, device=s.device)
+            return xp.zeros((*sigma.shape, 0), dtype=s.dtype, device=s.device)
         values = finite(ldexp(xp.stack(values, axis=-1), -self.triplet._e[..., None], xp), "Hessian", xp)
         return xp.sort(values, axis=-1, descending=True)
 
@@ -329,17 +342,23 @@ class SigmaHessian(Portable):
         return sigma_hessian(self.triplet, layout=layout)
 
     def as_linear_operator(self) -> LinearOperator:
-        """SciPy LinearOperator on row-major vectors G.reshape(-1), for a real NumPy matrix."""
+        """SciPy LinearOperator on row-major vectors G.reshape(-1), for one NumPy matrix.
+
+        For complex A on the real vectors G.reshape(-1).view(float), real and imaginary parts in turn.
+        """
         from scipy.sparse.linalg import LinearOperator
 
         m, n = self.triplet.shape[-2:]
-        if len(self.triplet.shape) > 2 or not is_numpy(self.triplet._P0) or np.iscomplexobj(self.triplet._P0):
-            raise TypeError("expected one real NumPy matrix for a SciPy operator, got a stack, complex or other array")
+        if len(self.triplet.shape) > 2 or not is_numpy(self.triplet._P0):
+            raise TypeError("expected one NumPy matrix for a SciPy operator, got a stack or another array")
+        dtype = self.triplet._P0.dtype
 
         def matvec(x: np.ndarray) -> np.ndarray:
-            return np.asarray(self.product(x.reshape(m, n))).reshape(-1)
+            G = np.ascontiguousarray(x, real_dtype(dtype, np)).view(dtype).reshape(m, n)
+            return np.ascontiguousarray(self.product(G)).reshape(-1).view(G.real.dtype)
 
-        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=self.triplet._P0.dtype)
+        size = m * n * (2 if np.iscomplexobj(self.triplet._P0) else 1)
+        return LinearOperator((size, size), matvec=matvec, rmatvec=matvec, dtype=real_dtype(dtype, np))
 
     def _promoted(self, G: Array) -> SigmaHessian:
         """The form for arrays of a wider dtype: complex directions of a real matrix, or more accurate ones."""
@@ -377,6 +396,18 @@ class SigmaHessian(Portable):
         return _times(G, v), _times(adjoint(G, self._xp), u)
 
 
+def _at(k: int, s: Array, xp: Namespace) -> Array:
+    """Where the k-th of the values s (..., r) is, (r,)."""
+    return array([i == k for i in range(s.shape[-1])], s, xp, dtype=xp.bool)
+
+
+def _weights(s: Array, sigma: Array, k: int, xp: Namespace) -> tuple[Array, Array]:
+    """1 / (2 (sigma - s_i)), zero for i = k, and 1 / (2 (sigma + s_i)), (..., r)."""
+    at_k = _at(k, s, xp)
+    difference = xp.where(at_k, xp.ones_like(s), sigma - s)
+    return xp.where(at_k, xp.zeros_like(s), 1 / (2 * difference)), 1 / (2 * (sigma + s))
+
+
 class _Spectrum(Portable):
     """The form in the coordinates of a thin SVD, for A / 2^e."""
 
@@ -388,13 +419,10 @@ class _Spectrum(Portable):
         self.U, self.s, self.V = triplet._svd
         self.k = triplet.k
         s, sigma = self.s, triplet._values
-        at_k = array([i == triplet.k for i in range(s.shape[-1])], s, xp, dtype=xp.bool)
-        difference = xp.where(at_k, xp.ones_like(s), sigma - s)
         # direct +- cross: the form is sum_i minus_i |a_i + b_i|^2 + plus_i |a_i - b_i|^2, accurate near a close pair
-        self.minus = xp.where(at_k, xp.zeros_like(s), 1 / (2 * difference))
-        self.plus = 1 / (2 * (sigma + s))
+        self.minus, self.plus = _weights(s, sigma, triplet.k, xp)
         if not is_complex(self.U, xp):  # a_k = b_k = u^T G v: what would be divided by sigma is nothing but rounding
-            self.plus = xp.where(at_k, xp.zeros_like(s), self.plus)
+            self.plus = xp.where(_at(triplet.k, s, xp), xp.zeros_like(s), self.plus)
         self.sigma, self.small = sigma[..., 0], is_small(sigma, s, xp)
 
     def on(self, rows: np.ndarray) -> _Spectrum:

@@ -9,8 +9,11 @@ Legend: A, G (..., m, n); D (..., J, m, n); phi the quantity, b_j = D phi[D_j] i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from specpert._arrays import Array, as_arrays, namespace, scalar
 from specpert.prepare import prepare
@@ -135,8 +138,9 @@ def sigma_ito(A: Any, G: Any, D: Any, *, k: int | tuple[int, ...] = 0) -> ItoCoe
     >>> print(b.drift, b.variance)
     0.5 1.0
     """
-    if isinstance(k, list):
-        raise TypeError(f"expected k to be an int, or a tuple of ints for the mean of a cluster, got the list {k}")
+    if not isinstance(k, tuple) and (isinstance(k, Sequence) or np.ndim(k)):
+        kind = type(k).__name__
+        raise TypeError(f"expected k to be an int, or a tuple of ints for the mean of a cluster, got the {kind} {k}")
     if isinstance(A, SingularTriplet) and A._several:
         raise TypeError(f"expected a triplet of one singular value or a cluster, got the values {A.k}")
     A, G, D, stacked = _aligned(A, G, D)

@@ -242,6 +242,9 @@ def test_complex_cluster_mean_of_order_1():
     for stack in (np.stack([np.eye(2), np.diag([3.0, 1.0])]), [np.eye(2).tolist(), np.diag([3.0, 1.0]).tolist()]):
         with pytest.raises(ValueError, match="one matrix and one k"):
             sigma_derivative(stack, 1, directions=np.eye(2), on_degenerate="cluster")
+    for several in ([0, 2], np.array([0, 2]), range(2)):
+        with pytest.raises(ValueError, match="one matrix and one k"):
+            sigma_derivative(C, 1, k=several, directions=H, on_degenerate="cluster")
 
 
 def test_high_orders_overflow_with_an_error_only():

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from oracles import taylor_mpmath, with_spectrum
 from scipy.sparse.linalg import eigsh
@@ -134,8 +135,35 @@ def test_scipy_operator():
     np.testing.assert_allclose(operator.T @ g, operator @ g, atol=1e-12)
     top = eigsh(operator, k=2, which="LA", return_eigenvectors=False)
     np.testing.assert_allclose(np.sort(top), np.sort(H.eigenvalues())[-2:], rtol=1e-10)
-    with pytest.raises(TypeError, match="expected one real NumPy matrix"):
-        SigmaHessian(A + 1j * A).as_linear_operator()
+    complex_ = SigmaHessian(A + 1j * rng.standard_normal((6, 5)), k=1)
+    operator = complex_.as_linear_operator()
+    assert operator.shape == (60, 60)
+    assert operator.dtype == np.float64
+    g = rng.standard_normal(60)
+    np.testing.assert_allclose(operator @ g, complex_.dense().reshape(60, 60) @ g, atol=1e-12)
+    with pytest.raises(TypeError, match="expected one NumPy matrix for a SciPy operator, got a stack"):
+        SigmaHessian(np.stack([A, A])).as_linear_operator()
+
+
+@pytest.mark.parametrize("shape", [(64, 90), (270, 256), (400, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.complex128])
+def test_spectrum_of_the_form_without_singular_vectors(shape, dtype):
+    rng = np.random.default_rng(9)
+    A = with_spectrum(rng, *shape, np.r_[2.0, np.linspace(1.7, 0.1, min(shape) - 1)]).astype(dtype)
+    if np.iscomplexobj(A):
+        A *= np.exp(1j * np.arange(shape[1]))
+    quick = singular_triplet(A, rtol=3e-5)
+    assert quick._svd is None
+    found, expected = SigmaHessian(quick), SigmaHessian(A.astype(np.result_type(dtype, np.float64)))
+    rtol = 1e-12 if dtype != np.float32 else 1e-6
+    np.testing.assert_allclose(found.trace(), expected.trace(), rtol=rtol)
+    np.testing.assert_allclose(found.eigenvalues(), expected.eigenvalues(), rtol=rtol)
+
+
+def test_the_spectrum_of_the_form_needs_a_dense_array():
+    products = singular_triplet(scipy.sparse.diags_array(np.linspace(1, 3, 60)).tocsr())
+    with pytest.raises(TypeError, match="expected a triplet of a dense array"):
+        SigmaHessian(products).trace()
 
 
 def test_layouts_of_the_dense_form():

@@ -231,8 +231,9 @@ def test_bad_input():
     A, G, D = process()
     with pytest.raises(ValueError, match=r"expected D of shape \(\.\.\., J, m, n\).*D\[None\]"):
         sigma_ito(A, G, D[0])
-    with pytest.raises(TypeError, match="tuple of ints for the mean of a cluster"):
-        sigma_ito(A, G, D, k=[0, 1])
+    for several in ([0, 1], range(2), np.array([0, 1])):
+        with pytest.raises(TypeError, match=r"tuple of ints for the mean of a cluster, got the (list|range|ndarray)"):
+            sigma_ito(A, G, D, k=several)
     with pytest.raises(ValueError, match=r"expected D of shape \(\.\.\., 3, 4\)"):
         sigma_ito(A, G, D[..., :3])
     f = SpectralFunction.nuclear_norm()
