@@ -6,7 +6,7 @@ Legend: B (r, c); K (r, r); u (r, 1) its top vector, theta its top value; w eige
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -199,36 +199,43 @@ def largest(product: Product, start: np.ndarray, rtol: float, floor: float = 0.0
 
     By Lanczos, restarted: where few products do, this takes a fraction of the time of ARPACK's many small calls.
     """
-    V, T = np.empty((width, len(start)), start.dtype), np.zeros((width, width))
-    x, size = start[:, 0], 0.0
-    rounding = 16 * float(np.finfo(V.dtype).eps)
+    size, rounding = 0.0, 16 * float(np.finfo(start.dtype).eps)
     for _ in range(12):
-        V[0] = x / np.linalg.norm(x)
-        for j in range(width):
-            basis = V[: j + 1]
-            dual = basis.conj() if np.iscomplexobj(V) else basis
-            w = product(V[j, :, None])[:, 0]
-            h = dual @ w
-            T[j, j] = h[j].real
-            w = w - h @ basis
-            w -= (dual @ w) @ basis  # twice is enough
-            beta = math.sqrt(np.vdot(w, w).real)
-            size = max(size, abs(T[j, j]))
+        for basis, T, beta in lanczos(product, start, width):
+            size = max(size, abs(T[-1, -1]))
             exhausted = beta <= max(rounding * size, floor)  # what is left is noise
-            if exhausted or j + 1 == width or j % 3 == 2:  # to look each time would cost more than a product
-                values, S = np.linalg.eigh(T[: j + 1, : j + 1])
-                if done := exhausted or beta * abs(S[-1, -1]) <= max(rtol * values[-1], floor):
+            if exhausted or len(T) == width or len(T) % 3 == 0:  # to look each time would cost more than a product
+                values, S = np.linalg.eigh(T)
+                done = exhausted or beta * abs(S[-1, -1]) <= max(rtol * values[-1], floor)
+                if done or len(T) == width:
+                    x = S[:, -1].astype(basis.dtype) @ basis
                     break
-            if j + 1 < width:
-                V[j + 1] = w / beta
-                T[j + 1, j] = T[j, j + 1] = beta
-        x = S[:, -1].astype(V.dtype) @ basis
+        start = np.asarray(x / np.linalg.norm(x))[:, None]
         if done:
-            return np.asarray(x / np.linalg.norm(x))[:, None]
+            return start
     raise ConvergenceError(
         f"expected Lanczos to reach a residual of {rtol:.1e}, got {beta * abs(S[-1, -1]) / size:.1e} after 12 "
         "restarts: many values lie close together; use method='svd', or rtol = 0 for a norm"
     )
+
+
+def lanczos(product: Product, start: np.ndarray, width: int) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """Of each step from a start (r, 1): basis (j, r), projection (j, j) of the Hermitian operator, size of the rest."""
+    V, T = np.empty((width, len(start)), start.dtype), np.zeros((width, width))
+    w, beta = start[:, 0], float(np.linalg.norm(start))
+    for j in range(width):
+        V[j] = w / beta
+        basis = V[: j + 1]
+        dual = basis.conj() if np.iscomplexobj(V) else basis
+        w = product(V[j, :, None])[:, 0]
+        h = dual @ w
+        T[j, j] = h[j].real
+        w = w - h @ basis
+        w -= (dual @ w) @ basis  # twice is enough
+        beta = math.sqrt(np.vdot(w, w).real)
+        yield basis, T[: j + 1, : j + 1], beta
+        if j + 1 < width:
+            T[j + 1, j] = T[j, j + 1] = beta
 
 
 def top_two(K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from specpert._dense import by_dense, of_gram
 from specpert._isolation import isolation
 from specpert._resolvent import SmallSideResolvent
 from specpert._solvers import CholeskySolver, ClusterSolver, EigenSolver, Gram, Product
-from specpert._top import SINGLE_ERROR, next_value
+from specpert._top import SINGLE_ERROR, lanczos, next_value
 from specpert.result import ConvergenceError
 from specpert.triplet import SingularTriplet, assemble
 
@@ -226,24 +226,17 @@ def _leading(solver: CholeskySolver, upper: float, lower: float, most: int) -> t
     theta, dtype = solver.theta, solver.L.dtype
     a = solver.a.astype(dtype)
     width = min(len(a) - 1, 8 * most + 32)
-    V, T = np.empty((width, len(a)), dtype), np.zeros((width, width))
     rounding = 16 * float(np.finfo(dtype).eps)
     floor = rounding * theta
-    y = np.random.default_rng(2).standard_normal((len(a), 1)).astype(dtype)
-    y = (y - a @ (a.conj().T @ y))[:, 0]
-    for j in range(width):
-        V[j] = y / np.linalg.norm(y)
-        basis = V[: j + 1]
-        y = solver.rough(V[j, :, None])
-        y = (y - a @ (a.conj().T @ y))[:, 0]
-        h = basis.conj() @ y
-        y = y - h @ basis
-        y -= (basis.conj() @ y) @ basis  # twice is enough
-        beta = math.sqrt(np.vdot(y, y).real)
-        T[j, j] = h[j].real
-        exhausted = beta <= rounding * float(np.abs(T[: j + 1, : j + 1]).max())
-        if exhausted or j % 4 == 3 or j + 1 == width:
-            values, S = np.linalg.eigh(T[: j + 1, : j + 1])
+
+    def outside(x: np.ndarray) -> np.ndarray:
+        return x - a @ (a.conj().T @ x)
+
+    start = outside(np.random.default_rng(2).standard_normal((len(a), 1)).astype(dtype))
+    for basis, T, beta in lanczos(lambda x: outside(solver.rough(x)), start, width):
+        exhausted = beta <= rounding * float(np.abs(T).max())
+        if exhausted or len(T) % 4 == 0 or len(T) == width:
+            values, S = np.linalg.eigh(T)
             values, S = np.maximum(values[::-1], 1 / (2 * theta)), S[:, ::-1]  # of a K without negative values
             w = np.append(theta, theta - 1 / values)  # Ritz values: below those they stand for
             errors = np.append(0.0, beta * np.abs(S[-1]) / values**2) + floor
@@ -251,11 +244,9 @@ def _leading(solver: CholeskySolver, upper: float, lower: float, most: int) -> t
                 raise _TooManyError
             wanted = min(most, int(np.sum(w >= lower)))
             c = _cut(_roots(w), math.sqrt(upper), math.sqrt(lower), most)
-            if exhausted or (c is not None and wanted <= j and _settled(w, errors, c, wanted, upper, floor)):
+            if exhausted or (c is not None and wanted < len(T) and _settled(w, errors, c, wanted, upper, floor)):
                 vectors = basis.T @ S[:, :wanted].astype(dtype)
                 return w[: wanted + 1], np.hstack([a, vectors]).astype(solver.a.dtype)
-        if j + 1 < width:
-            T[j + 1, j] = T[j, j + 1] = beta
     raise ConvergenceError(
         f"expected Lanczos to find the values at the top within {width} steps, got errors of up to "
         f"{float(errors.max()) / theta:.1e} of the largest"
