@@ -66,8 +66,8 @@ class Operator:
             return abs(self.factor) * self.size * float(np.linalg.norm(self.dense() / self.size, 2)) * 1.01
         operator = LinearOperator(
             self.shape,
-            matvec=lambda x: self._apply(x.reshape(-1, 1)) / self.size,
-            rmatvec=lambda y: self._apply_adjoint(y.reshape(-1, 1)) / self.size,
+            matvec=lambda x: self._apply(x.reshape(-1, 1)).reshape(-1) / self.size,
+            rmatvec=lambda y: self._apply_adjoint(y.reshape(-1, 1)).reshape(-1) / self.size,
             dtype=self.dtype,
         )
         start = np.random.default_rng(0).standard_normal(min(self.shape))
