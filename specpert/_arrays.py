@@ -319,7 +319,7 @@ def ldexp(x: Array, e: Array, xp: Namespace) -> Array:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # callers look for infinities themselves
         for _ in range(3):  # three factors span more than the range of the floats, so the rest of e cannot matter
             part = xp.clip(e, -top, top)
-            x = x * xp.astype(xp.pow(two, part), x.dtype)
+            x = x * xp.astype(xp.asarray(xp.pow(two, part)), x.dtype)  # NumPy gives scalars
             e = e - part
             if not bool(xp.any(e != 0)):
                 break

@@ -174,7 +174,7 @@ class SigmaHessian(Portable):
         view = host_view(rows)
         if view is None:
             view = rows.tolist() if hasattr(rows, "tolist") else rows
-        index = np.asarray(view)
+        index = np.array(view)  # of its own: what comes by DLPack may not be writable
         if index.size == 0:
             index = index.astype(np.int64)
         m = self.triplet.shape[-2]

@@ -237,8 +237,8 @@ class SpectralFunction:
         ...     lambda s: np.broadcast_to(np.array([[0.0, 1.0], [1.0, 0.0]]), (*s.shape, 2)),
         ... )
         >>> A, G = np.eye(2), np.array([[0.0, 1.0], [1.0, 0.0]])
-        >>> print(f.quadratic(A, G))  # det (A + x G) = 1 - x^2
-        -2.0
+        >>> print(f"{f.quadratic(A, G):.12f}")  # det (A + x G) = 1 - x^2
+        -2.000000000000
         """
         check_callables(value=value, gradient=gradient, hessian=hessian)
         return cls(name, Symmetric((value, gradient, hessian)))

@@ -555,7 +555,8 @@ class _Problem:
             power = x[:, None, None] ** j
             T[:, :m, m:] += power * A_j
             T[:, m:, :m] += power * A_j.conj().T
-        w = np.linalg.eigvals(T)
+        scale = np.ldexp(1.0, np.frexp(self.s[0])[1] - 1)  # some LAPACKs do not converge for large entries
+        w = np.linalg.eigvals(T / scale) * scale
         distance = np.abs(w - np.clip(w.real, self.s[max(self.group)], self.s[min(self.group)]))
         nearest = np.argsort(distance, axis=1)[:, : len(self.group)]
         return np.take_along_axis(w, nearest, axis=1).mean(axis=1)

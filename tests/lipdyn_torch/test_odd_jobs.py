@@ -583,7 +583,7 @@ def test_tracing_with_the_monitor_on(how):
     monitor = LipschitzMonitor(model, optimizer)
     x = torch.randn(8, 6)
     if how == "export":
-        torch.export.export(model, (x,))
+        torch.export.export(model, (x,), strict=False)  # the strict way, by Dynamo, refuses what may not be traced
     elif how == "trace":
         assert torch.equal(torch.jit.trace(model, x)(x), model(x))
     else:

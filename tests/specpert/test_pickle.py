@@ -81,7 +81,13 @@ CASES = list(cases())
 def equal(x, y):
     if isinstance(x, dict):
         return all(equal(x[key], y[key]) for key in x)
-    return type(x) is type(y) and np.array_equal(np.asarray(x), np.asarray(y))
+    if type(x) is not type(y):
+        return False
+    x, y = np.asarray(x), np.asarray(y)
+    if x.dtype.kind not in "fc" or np.array_equal(x, y):
+        return np.array_equal(x, y)
+    # arrays that were views lose their strides in a pickle, and some BLAS then round otherwise
+    return np.allclose(x, y, rtol=1e-13, atol=1e-13 * np.abs(x).max(), equal_nan=True)
 
 
 @pytest.mark.parametrize(("made", "gives"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
@@ -106,4 +112,5 @@ def test_in_another_process(tmp_path):
         "print(repr(float(series(1e-3))), repr(float(t.sigma)))"
     )
     out = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True).stdout
-    assert [float(x) for x in out.split()] == [float(series(1e-3)), float(singular_triplet(SMALL[0]).sigma)]
+    triplet = singular_triplet(torch.as_tensor(SMALL[0]))
+    assert [float(x) for x in out.split()] == [float(series(1e-3)), float(triplet.sigma)]
