@@ -82,6 +82,8 @@ def _as_array(x: Any, name: str) -> Array:
             raise TypeError(f"expected {name} to be a dense tensor, got {x.layout}; convert it, e.g. {name}.to_dense()")
         if array_api_compat.is_torch_array(x) and x.is_meta:
             raise TypeError(f"expected {name} to hold numbers, got a tensor on the meta device; give it values first")
+        if any(base.__name__ == "Tracer" for base in type(x).__mro__):
+            raise TypeError(f"expected {name} to hold numbers, got a tracer; call it outside of jax.jit, vmap and grad")
         return _plain(x)
     if hasattr(x, "toarray") or hasattr(x, "matvec"):
         raise TypeError(
@@ -95,6 +97,8 @@ def _as_array(x: Any, name: str) -> Array:
         return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     except ValueError as error:
         raise ValueError(f"expected {name} to be a rectangular array, got rows of different length") from error
+    except RuntimeError as error:  # of a list of tensors
+        raise TypeError(f"expected {name} to be an array of numbers, got a {type(x).__name__}: {error}") from error
 
 
 def _plain(x: Any) -> Any:
@@ -327,6 +331,7 @@ def ldexp(x: Array, e: Array, xp: Namespace) -> Array:
 
 
 _OF_DIRECTIONS = "scale the directions down (order n scales with the n-th power), or the matrix up, or use float64"
+NEARER = "evaluate the series nearer to 0"
 OF_MATRIX = "scale the matrix and the direction down by the same factor"
 
 

@@ -74,6 +74,7 @@ class Certificate:
         return x[..., None] if self.triplet._several else x
 
     @cached_property
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")
     def _radius(self) -> Array:
         """The root of sum_j a_j r^j = d / 2; d / (2 a_1) for a linear family.
 
@@ -96,6 +97,7 @@ class Certificate:
                 value = value + a_j * r**j
                 slope = slope + j * a_j * r ** (j - 1)
             r = r - value / xp.where(slope > 0, slope, xp.ones_like(slope))
+        r = xp.where(xp.isnan(r), xp.zeros_like(r), r)  # of bounds beyond the range nothing is certain
         safe = r * (1 - 100 * eps(half, xp))  # Newton's last step may end a rounding error to the right
         return xp.where(finite, safe, xp.full_like(r, math.inf))
 
@@ -111,6 +113,7 @@ class Certificate:
         x = array(x, like, xp, dtype) if isinstance(x, int | float) else as_argument(x, like, xp, dtype)
         return x[..., None] if self.triplet._several and x.ndim else x
 
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")
     def remainder(self, x: Any, order: int) -> Array:
         """Bound of |sigma(A(x)) - partial sum of that order|; infinite for |x| >= r0."""
         xp, d = self.triplet._xp, self._safe_d

@@ -128,8 +128,7 @@ class SigmaHessian(Portable):
 
     def quadratic(self, G: Any) -> Array:
         """D^2 sigma[G, G] for a matrix or a stack G (..., m, n), with the stack's shape (...)."""
-        G = self._direction(G)
-        wider = self._promoted(G)
+        wider, G = self._promoted(self._direction(G))
         return wider._form(*wider._projections(G))
 
     def from_projections(self, p: Any, q: Any, *, rows: Any = None) -> Array:
@@ -149,9 +148,11 @@ class SigmaHessian(Portable):
         >>> bool(np.isclose(H.from_projections(p[rows], q, rows=rows), H.quadratic(G)))
         True
         """
-        xp, (_, p, q) = as_arrays(self.triplet._P0, p, q, names=["A", "p", "q"])
-        if (wider := self._promoted(p)) is not self:
+        xp, (_, p, q) = as_arrays(self.triplet._P0, p, q, names=["A", "p", "q"], promote=False)
+        wider, *widened = self._promoted(p, q)
+        if wider is not self:
             return wider.from_projections(p, q, rows=rows)
+        p, q = widened
         m, n = self.triplet.shape[-2:]
         index = None if rows is None else self._row_indices(rows)
         width = m if index is None else len(index)
@@ -206,7 +207,7 @@ class SigmaHessian(Portable):
             else:
                 places = np.full(m, len(rows))
                 places[rows] = np.arange(len(rows))
-                p = xp.take(p, array(places, p, xp, dtype=xp.int64), axis=-1)
+                p = xp.take(p, array(places, p, xp, dtype=xp.int32), axis=-1)
         if spectrum is not None:
             return spectrum.quadratic(p, q)
         count = math.prod(p.shape[:-1])
@@ -228,9 +229,10 @@ class SigmaHessian(Portable):
 
     def product(self, G: Any) -> Array:
         """The matrix H[G] (..., m, n) with <H[G], G'> = D^2 sigma[G, G'] for every G' (real part of the trace)."""
-        G = self._direction(G)
-        if (wider := self._promoted(G)) is not self:
-            return wider.product(G)
+        own = self._direction(G)
+        wider, G = self._promoted(own)
+        if wider is not self:
+            return wider.product(own)
         xp, u, v = self._xp, self._u, self._v
         p, q, e = self._projections(G)
         x, y = balanced(*self._solve(p, q), 0.0, u[..., None], v[..., None], False, xp)
@@ -267,8 +269,9 @@ class SigmaHessian(Portable):
         if is_complex(self.triplet._P0, xp):
             values = values * 2 + [1 / sigma]
         if not values:
-            return xp.zeros((*sigma.shape, 0), dtype=s.dtype, device=s.device)
-        values = finite(ldexp(xp.stack(values, axis=-1), -self.triplet._e[..., None], xp), "Hessian", xp)
+            return xp.zeros((*sigma.shape, 0), dtype=self.triplet._dtype, device=s.device)
+        values = self.triplet._result(xp.stack(values, axis=-1))
+        values = finite(ldexp(values, -self.triplet._e[..., None], xp), "Hessian", xp)
         return xp.sort(values, axis=-1, descending=True)
 
     def trace(self) -> Array:
@@ -308,9 +311,11 @@ class SigmaHessian(Portable):
     def _along_rows(self, rows: Any) -> Array:
         """The diagonal along e_p a_j^T, whose projections are (a_j^T v) e_p and u_p conj(a_j)."""
         xp = self._xp
-        _, (_, a) = as_arrays(self.triplet._P0, rows, names=["A", "rows"])
-        if (wider := self._promoted(a)) is not self:
+        _, (_, a) = as_arrays(self.triplet._P0, rows, names=["A", "rows"], promote=False)
+        wider, widened = self._promoted(a)
+        if wider is not self:
             return wider._along_rows(a)
+        a = widened
         *lead, m, n = self.triplet.shape
         if a.ndim != 2 or a.shape[1] != n:
             raise ValueError(f"expected rows of shape (J, {n}), got {tuple(a.shape)}")
@@ -321,7 +326,7 @@ class SigmaHessian(Portable):
         q = q + xp.zeros((1, *lead, n), dtype=a.dtype, device=a.device)
         right = self._quadratic(xp.zeros((*q.shape[:-1], m), dtype=a.dtype, device=a.device), q)
         u, seen = self._u[..., :, None], self._v[..., None, :] @ xp.matrix_transpose(a)  # (..., m, 1), (..., 1, J)
-        cross = C @ adjoint(a, xp)
+        cross = xp.astype(C, xp.result_type(C, a), copy=False) @ adjoint(a, xp)
         cross = 2 * real(u * xp.conj(seen) * cross if is_complex(cross, xp) else u * seen * cross, xp)
         total = L[..., :, None] * square(seen, xp) + square(u, xp) * xp.moveaxis(right, 0, -1)[..., None, :] + cross
         return finite(
@@ -360,15 +365,20 @@ class SigmaHessian(Portable):
         size = m * n * (2 if np.iscomplexobj(self.triplet._P0) else 1)
         return LinearOperator((size, size), matvec=matvec, rmatvec=matvec, dtype=real_dtype(dtype, np))
 
-    def _promoted(self, G: Array) -> SigmaHessian:
-        """The form for arrays of a wider dtype: complex directions of a real matrix, or more accurate ones."""
-        if G.dtype == self.triplet._P0.dtype:
-            return self
-        results = self._xp.result_type(self.triplet._dtype, real_dtype(G.dtype, self._xp))
-        return SigmaHessian(replace(cast(self.triplet, G.dtype), _dtype=results))
+    def _promoted(self, *arrays: Array) -> tuple[SigmaHessian, *tuple[Array, ...]]:
+        """The form for arrays of a wider dtype, complex for a real matrix or more accurate, and the arrays in it."""
+        xp, triplet = self._xp, self.triplet
+        results = xp.result_type(triplet._dtype, *(real_dtype(x.dtype, xp) for x in arrays))
+        wide = xp.result_type(triplet._P0, *arrays)
+        arrays = tuple(xp.astype(x, wide, copy=False) for x in arrays)
+        if wide == triplet._P0.dtype and results == triplet._dtype:
+            return (self, *arrays)
+        triplet = triplet if wide == triplet._P0.dtype else cast(triplet, wide)
+        return (SigmaHessian(replace(triplet, _dtype=results)), *arrays)
 
     def _direction(self, G: Any, stack: bool = True) -> Array:
-        _, (_, G) = as_arrays(self.triplet._P0, G, names=["A", "G"])
+        """A direction, or stack, in its own precision."""
+        _, (_, G) = as_arrays(self.triplet._P0, G, names=["A", "G"], promote=False)
         check_shape(G, "G", self.triplet.shape if stack else self.triplet.shape[-2:])
         return G
 
@@ -435,7 +445,7 @@ class _Spectrum(Portable):
         rest = xp.where(outside, self.U, xp.zeros_like(self.U))
         w, X = xp.linalg.eigh(adjoint(rest, xp) @ rest)
         root = xp.astype(xp.sqrt(xp.clip(w, 0.0, None)), X.dtype)[..., :, None] * adjoint(X, xp)
-        known = xp.take(self.U, array(rows, self.U, xp, dtype=xp.int64), axis=-2)
+        known = xp.take(self.U, array(rows, self.U, xp, dtype=xp.int32), axis=-2)
         other = copy(self)
         other.U = xp.concat([known, root], axis=-2)
         return other

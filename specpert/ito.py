@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from specpert._arrays import Array, as_arrays, namespace, scalar
+from specpert._arrays import OF_MATRIX, Array, as_arrays, finite, namespace, scalar
 from specpert.prepare import prepare
 from specpert.result import SpecpertError
 from specpert.series import ClusterSeries, expand
@@ -61,7 +61,9 @@ class ItoCoefficients:
     @property
     def variance(self) -> Array:
         r"""Variance :math:`\sum_j b_j^2` per unit of time, shape (...)."""
-        return scalar(namespace(self.diffusion).sum(self.diffusion**2, axis=-1))
+        xp = namespace(self.diffusion)
+        with np.errstate(over="ignore"):
+            return finite(scalar(xp.sum(self.diffusion**2, axis=-1)), "variance", xp, OF_MATRIX)
 
     def log(self) -> ItoCoefficients:
         r"""Coefficients of log phi: b / phi, and curvature :math:`c / \varphi - \sum_j b_j^2 / (2 \varphi^2)`.
@@ -88,10 +90,12 @@ class ItoCoefficients:
                 f"expected a positive quantity to take the logarithm of, got {self.value}; use its own drift and "
                 "diffusion"
             )
-        # ratios first: the squares of small values would leave the range of the floats
-        relative = self.diffusion / self.value[..., None]
-        curvature = self.curvature / self.value - xp.sum(relative**2, axis=-1) / 2
-        return ItoCoefficients(xp.log(self.value), self.first_order / self.value, scalar(curvature), relative)
+        with np.errstate(over="ignore", invalid="ignore"):
+            # ratios first: the squares of small values would leave the range of the floats
+            relative = self.diffusion / self.value[..., None]
+            curvature = self.curvature / self.value - xp.sum(relative**2, axis=-1) / 2
+            parts = (self.first_order / self.value, scalar(curvature), relative)
+        return ItoCoefficients(xp.log(self.value), *(finite(x, "relative coefficients", xp, OF_MATRIX) for x in parts))
 
 
 def sigma_ito(A: Any, G: Any, D: Any, *, k: int | tuple[int, ...] = 0) -> ItoCoefficients:

@@ -15,6 +15,7 @@ from typing import Any, overload
 import numpy as np
 
 from specpert._arrays import (
+    NEARER,
     Array,
     Namespace,
     Portable,
@@ -54,7 +55,7 @@ class Scaled(Portable):
         xp = triplet._xp
         stacked = to_precision(xp.stack(xp.broadcast_arrays(*terms), axis=-1), triplet._dtype, xp)
         orders = array([float(n) for n in range(len(terms))], t, xp)
-        power = e[..., None] + orders * t[..., None]
+        power = xp.astype(e[..., None] + orders * t[..., None], triplet._dtype, copy=False)
         power = xp.reshape(power, (*power.shape[:-1], *(1,) * (terms[0].ndim - e.ndim), len(terms)))
         if len(terms) == 1:  # the other terms have the axes of a stack of directions
             stacked = stacked + xp.zeros_like(power, dtype=stacked.dtype)
@@ -72,19 +73,20 @@ class Scaled(Portable):
         return Scaled(xp.where(known, self.terms, other.terms), power, xp)
 
     def __call__(self, x: Array) -> Array:
-        """The sum at x, as far as terms and powers of x are in range together."""
+        """The sum at x, as far as terms and powers of x are in range together; raises OverflowError beyond."""
         total, e = self.sum(x)
-        return ldexp(total, e, self.xp)
+        return finite(ldexp(total, e, self.xp), "sum of the series", self.xp, NEARER)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def sum(self, x: Array) -> tuple[Array, Array]:
-        """The sum at x over 2^e, and e."""
+        """The sum at x over 2^e, and e; not finite where it leaves the range."""
         e, xp = self.power[..., 0], self.xp
         y = ldexp(x + 0 * e, self.power[..., 1] - e + 0 * x, xp) if self.terms.shape[-1] > 1 else x
         total, in_range = self.terms[..., -1] + xp.zeros_like(y), bool(xp.all(xp.isfinite(y)))
         for n in range(self.terms.shape[-1] - 2, -1, -1):
             # zero times what has left the range is zero
             total = total * (y if in_range else xp.where(total == 0, xp.zeros_like(y), y)) + self.terms[..., n]
-        return total, e + 0 * xp.real(total)
+        return total, e + xp.zeros_like(real(total, xp))
 
     def coefficients(self) -> Array:
         """All terms; raises OverflowError where one leaves the range."""
@@ -204,9 +206,10 @@ class ClusterSeries:
             raise ValueError(f"expected x to be finite, got {x}")
         xp = namespace(self.effective_matrices)
         total, e = self._matrices.sum(self._certificate.argument(float(x)))
+        finite(total, "values of the cluster", xp, NEARER)
         # E(x) is similar to a Hermitian matrix, so its eigenvalues are real up to rounding
-        eigenvalues = xp.real(xp.linalg.eigvals(total))
-        return ldexp(xp.sort(eigenvalues, axis=-1, descending=True), e[..., 0], xp)
+        eigenvalues = xp.sort(xp.real(xp.linalg.eigvals(total)), axis=-1, descending=True)
+        return finite(ldexp(eigenvalues, e[..., 0], xp), "values of the cluster", xp, NEARER)
 
     def __repr__(self) -> str:
         return f"ClusterSeries(mean={self.mean}, gap={self.gap}, {self.status.name})"
@@ -310,7 +313,7 @@ def _expand(triplet: SingularTriplet, family: list[Array], order: int, vectors: 
     if parts[1] is None and (unit := _unit_of_small_terms(parts[0])) is not None:
         # what is large in the directions has no part in the value, whose terms are then near the end of the range
         first, parts = parts, _terms(triplet, family, order, vectors, xp.full_like(triplet._e, unit))
-        parts = (parts[0].completed(first[0]), None, *_completed(parts[2:4], first[2:4]), parts[4])
+        parts = (parts[0].completed(first[0]), None, *_completed(parts[2:4], first[2:4]), first[4])
     lam, E, left, right, certificate = parts
     P, Q = (None if part is None else part.coefficients() for part in (left, right))
     if E is not None:
@@ -366,7 +369,8 @@ def _unit_of_small_terms(lam: Scaled) -> float | None:
         return None
     rates = xp.log2(xp.where(lost, size, xp.ones_like(size)))
     orders = array([float(n) for n in range(1, lam.terms.shape[-1])], size, xp)
-    return 2.0 ** float(xp.max(-rates / orders))
+    largest = math.log2(float(xp.finfo(size.dtype).max)) - 2  # the unit must be a number too
+    return 2.0 ** min(float(xp.max(-rates / orders)), largest)
 
 
 SMALL = 64  # side up to which a matrix counts as small

@@ -711,7 +711,7 @@ def _singular_values(A: Any, count: int) -> np.ndarray:
 def _numpy(x: Any) -> np.ndarray:
     """A NumPy array from one of any library or device."""
     if hasattr(x, "detach"):  # torch
-        x = x.detach().cpu().resolve_conj()
+        x = x.detach().cpu().resolve_conj().resolve_neg()
         x = x.float() if "bfloat16" in str(x.dtype) else x
     elif hasattr(x, "get") and hasattr(x, "device"):  # CuPy
         x = x.get()

@@ -16,6 +16,7 @@ from specpert import (
     sigma_derivative,
     sigma_gradient,
     sigma_hessian,
+    sigma_ito,
     sigma_series,
     singular_triplet,
 )
@@ -66,6 +67,14 @@ TABLE = [
     ),
     ("layer", lambda: sigma_gradient(torch.nn.Linear(3, 4)), TypeError, r"got Linear; give A\.weight"),
     ("nothing", lambda: sigma_gradient(None), TypeError, "expected A to be an array of numbers, got NoneType"),
+    (
+        "graphs",
+        lambda: sigma_gradient([torch.ones(2, requires_grad=True)] * 2),
+        TypeError,
+        "array of numbers, got a list",
+    ),
+    ("variance", lambda: sigma_ito(1e200 * A, 0 * A, 1e200 * A[None]).variance, OverflowError, "expected the variance"),
+    ("log", lambda: sigma_ito(1e-200 * A, 0 * A, A[None]).log(), OverflowError, "expected the relative coefficients"),
     ("meta", lambda: singular_triplet(torch.empty(2, 2, device="meta")), TypeError, "A to hold numbers, got a tensor"),
     ("argument", lambda: sigma_series(A, H, 2)(np.inf), NonFiniteError, "expected x to be finite, got NaN or inf"),
     ("arguments", lambda: sigma_series(A, H, 2)(np.array([0.1, np.nan])), NonFiniteError, "expected x to be finite"),

@@ -166,6 +166,31 @@ def test_the_spectrum_of_the_form_needs_a_dense_array():
         SigmaHessian(products).trace()
 
 
+@pytest.mark.parametrize("library", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+@pytest.mark.parametrize("shape", [(70, 65), (6, 5)], ids=str)
+def test_precision_of_results_is_that_of_what_is_given(library, shape):
+    A, G = np.random.default_rng(0).standard_normal((2, *shape))
+    A = A.astype(np.float32)
+    exact = SigmaHessian(A.astype(float))
+    form, real, double = SigmaHessian(singular_triplet(library(A))), library(A).dtype, library(G).dtype
+    assert form.trace().dtype == form.eigenvalues().dtype == real
+    for H, results in ((G.astype(np.float32), real), (G, double), ((G + 1j * G[::-1]).astype(np.complex64), real)):
+        given, mixed = library(H), library(H.astype(np.complex128) if np.iscomplexobj(H) else H).dtype
+        found = form.quadratic(given)
+        assert found.dtype == form.inner(given[None]).dtype == results
+        p, q = given @ library(exact.triplet.v.astype(H.dtype)), library(H.conj().T @ exact.triplet.u.astype(H.dtype))
+        assert form.from_projections(p, q).dtype == form.diagonal(rows=given[:2]).dtype == results
+        assert form.product(given).dtype == (library(np.empty(0, np.complex64)).dtype if np.iscomplexobj(H) else mixed)
+        # in the double precision of a Gram matrix, where there is one, and of the direction
+        assert math.isclose(found, exact.quadratic(H), rel_tol=1e-12 if results == double and shape[0] > 60 else 1e-5)
+
+
+def test_complex_rows_of_a_real_matrix_without_all_vectors():
+    A, E = torch.randn(70, 65, dtype=torch.float64), torch.randn(2, 65, dtype=torch.complex128)
+    found = SigmaHessian(singular_triplet(A)).diagonal(rows=E)
+    torch.testing.assert_close(found, SigmaHessian(A).diagonal(rows=E), rtol=1e-10, atol=1e-11)
+
+
 def test_layouts_of_the_dense_form():
     A = np.random.default_rng(1).standard_normal((3, 2))
     H = SigmaHessian(A)

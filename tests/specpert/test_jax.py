@@ -57,6 +57,7 @@ FUNCTIONS = {
         (form := SigmaHessian(A, k=1)) @ H,
         form.quadratic(H),
         form.from_projections(H[:, 0], H[0, :]),
+        form.from_projections(H[:2, 0], H[0, :], rows=[0, 3]),
         form.diagonal(),
         form.trace(),
         form.eigenvalues(),
@@ -165,6 +166,13 @@ def test_errors_are_those_of_numpy(jax_and_single):
 
 
 @pytest.mark.slow
+def test_tracers_are_named(jax):
+    A = jax.numpy.ones((2, 2, 3))
+    for transformed in (jax.jit(sigma_gradient), jax.vmap(sigma_gradient), jax.jit(singular_triplet)):
+        with pytest.raises(TypeError, match="got a tracer; call it outside of jax"):
+            transformed(A)
+
+
 def test_dense_derivative_of_a_tie_in_single_precision(jax):
     with jax.enable_x64(False):
         A = jax.numpy.diag(jax.numpy.asarray([2.0, 2.0, 1.0]))

@@ -5,6 +5,7 @@ import math
 import mpmath
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
@@ -17,7 +18,7 @@ from oracles import (
     with_spectrum,
 )
 
-from specpert import SigmaSeries, Status, sigma_derivative, sigma_series, singular_triplet
+from specpert import SigmaSeries, Status, one_sided_derivatives, sigma_derivative, sigma_series, singular_triplet
 
 TOLERANCE = {"badly_scaled_k1": 1e-10}
 
@@ -401,8 +402,6 @@ def test_tiny_gaps_and_high_orders_do_not_overflow():
 
 
 def test_arguments_keep_the_precision_of_the_series():
-    import torch
-
     A, H = torch.diag(torch.tensor([3.0, 1.0])).double(), torch.ones(2, 2).double()
     series = sigma_series(A, H, 8)
     x = torch.tensor([1e-3])
@@ -527,7 +526,6 @@ def test_high_orders_in_single_precision(a, h, order):
 @pytest.mark.parametrize("library", ["numpy", "torch", "strict"])
 def test_order_zero_has_the_axes_of_the_directions(k, library):
     import array_api_strict
-    import torch
 
     asarray = {"numpy": np.asarray, "torch": torch.as_tensor, "strict": array_api_strict.asarray}[library]
     rng = np.random.default_rng(0)
@@ -553,3 +551,44 @@ def test_small_gaps_of_every_library():
     A, H = np.diag([1.0, 1 - 1e-12, 0.5]), np.full((3, 3), 1e-14)
     found = sigma_series(*map(array_api_strict.asarray, (A, H)), 40).coefficients
     np.testing.assert_allclose(np.asarray(found), sigma_series(A, H, 40).coefficients, rtol=1e-4)
+
+
+FAMILY = np.array([[0.3, 0.5], [-0.2, 0.4]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [(np.float64, (1e-200, 1e-300, 1e-310)), (np.float32, (1e-25, 1e-30, 1e-39))]
+)
+def test_a_family_that_begins_with_next_to_nothing(dtype, sizes):
+    A, G = np.diag([2.0, 1.0]).astype(dtype), FAMILY.astype(dtype)
+    for order in (2, 3, 4):
+        plain = sigma_series(A, [0 * G, G], order)
+        for size in sizes:
+            series = sigma_series(A, [dtype(size) * G, G], order)
+            assert math.isclose(series.radius, plain.radius, rel_tol=1e-6)
+            assert math.isclose(series.remainder(0.3), plain.remainder(0.3), rel_tol=1e-5)
+            np.testing.assert_allclose(series.coefficients[::2], plain.coefficients[::2], rtol=1e-6)
+            assert math.isclose(series.coefficients[1], size * 0.3, rel_tol=1e-5 if size > 1e-300 else 1e-3)
+            assert series.remainder(3.0) == math.inf
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+def test_sums_beyond_the_range_are_errors(library):
+    A, G, unit = library(np.diag([2.0, 1.0])), library(FAMILY), library(np.eye(2))
+    for x in (1e120, [0.1, 1e120], -1e120):
+        with pytest.raises(OverflowError, match=r"sum of the series within the range of float64.*nearer to 0"):
+            sigma_series(A, G, 3)(x)
+    with pytest.raises(OverflowError, match="values of the cluster"):
+        sigma_series(unit, G, 3, k=(0, 1)).values(1e120)
+    with pytest.raises(OverflowError, match="values of the cluster"):
+        one_sided_derivatives(unit, G * 1e284).values(1.0)
+    assert sigma_series(A, G, 3).remainder(1e300) == sigma_series(unit, G, 3, k=(0, 1)).remainder(math.inf) == math.inf
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+def test_sums_are_as_precise_as_the_coefficients(library):
+    A, H = (library(x) for x in np.random.default_rng(0).standard_normal((2, 70, 65)).astype(np.float32))
+    series = sigma_series(A, H, 3)
+    assert series(0.01).dtype == series.remainder(0.01).dtype == series.coefficients.dtype == A.dtype
+    assert sigma_series(A, H, 3, k=(0, 1)).values(0.01).dtype == A.dtype
+    assert one_sided_derivatives(A, H).values(0.01).dtype == A.dtype

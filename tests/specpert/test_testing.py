@@ -108,6 +108,12 @@ def test_tolerance_follows_the_dtype_of_the_result(dtype):
     assert 1e-9 < single.errors[0] < single.tolerances[0]
 
 
+def test_views_of_torch_that_are_not_carried_out():
+    A, H = (torch.as_tensor(1j * x).conj().imag for x in case())
+    assert A.is_neg()
+    assert check_series(A, H, 3).orders == (0, 1, 2, 3)
+
+
 OPERATORS = {"sparse": scipy.sparse.csr_array, "operator": aslinearoperator}
 
 
