@@ -144,7 +144,10 @@ class SigmaSeries:
         return self._certificate.remainder(x, self.order)
 
     def __call__(self, x: Any) -> Array:
-        """Sum of the series at x, a finite real number or a real array that broadcasts with the stack."""
+        """Sum of the series at x, a finite real number or a real array that broadcasts with the stack.
+
+        Raises OverflowError where it leaves the range of its dtype.
+        """
         argument, xp = self._certificate.argument(x), namespace(self.coefficients)
         if not bool(xp.all(xp.isfinite(argument))):
             raise NonFiniteError("expected x to be finite, got NaN or inf")
@@ -199,7 +202,10 @@ class ClusterSeries:
         return self._certificate.remainder(x, self.order)
 
     def values(self, x: float) -> Array:
-        """The cluster's singular values at x, a real number, in descending order, shape (..., c)."""
+        """The cluster's singular values at x, a real number, in descending order, shape (..., c).
+
+        Raises OverflowError where they leave the range of their dtype.
+        """
         if not isinstance(x, numbers.Real):
             raise TypeError(f"expected x to be a real number, got {type(x).__name__}")
         if not math.isfinite(x):
