@@ -234,7 +234,7 @@ def checkpointed(run: Run, reentrant: bool) -> None:
     train(run, model, optimizer, forward=forward)
 
 
-def closure(run: Run, optimiser: Callable[[nn.Module], Optimizer]) -> None:
+def closure(run: Run, optimiser: Callable[[nn.Module], Optimizer], *middle: nn.Module) -> None:
     def evaluate() -> Tensor:
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(x), y)
@@ -242,7 +242,7 @@ def closure(run: Run, optimiser: Callable[[nn.Module], Optimizer]) -> None:
         run.see("evaluation", [loss, *(p.grad for p in model.parameters())])
         return loss
 
-    model = mlp()
+    model = mlp(*middle)
     optimizer = optimiser(model)
     run.watch(model, optimizer)
     for _ in range(STEPS):
@@ -607,7 +607,7 @@ FEATURES: dict[str, Callable[[Run], None]] = {
     "accumulation": accumulation,
     "checkpoint-reentrant": partial(checkpointed, reentrant=True),
     "checkpoint": partial(checkpointed, reentrant=False),
-    "closure-lbfgs": partial(closure, optimiser=lbfgs),
+    "closure-lbfgs": lambda run: closure(run, lbfgs, nn.Tanh()),  # dropout may end its line search at once
     "closure-adamw": partial(closure, optimiser=adamw),
     "compile": partial(compiled, fullgraph=False),
     "compile-fullgraph": partial(compiled, fullgraph=True),
