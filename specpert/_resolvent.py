@@ -139,9 +139,7 @@ class SmallSideResolvent:
 
     def diagonal_blocks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of one value: diagonals (m,) and (n,) of the blocks L and R, and the block C (m, n) (theory 1.3)."""
-        if self.matrix is None:
-            raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
-        A, u, v, sigma = self.matrix, self.u, self.v, float(self.sigma[0])
+        A, u, v, sigma = self.dense, self.u, self.v, float(self.sigma[0])
         solve = self.solve.accurate() if isinstance(self.solve, CholeskySolver) else self.solve
         S = solve.rough(np.eye(len(u), dtype=u.dtype) - u @ u.conj().T)
         S = S - u @ (u.conj().T @ S)
@@ -153,11 +151,16 @@ class SmallSideResolvent:
         return (R, L, C.conj().T) if self.mirrored else (L, R, C)
 
     @property
+    def dense(self) -> np.ndarray:
+        """The `matrix`; raises TypeError where it is not known."""
+        if self.matrix is None:
+            raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
+        return self.matrix
+
+    @property
     def whole(self) -> np.ndarray:
         """The matrix in the precision of the vectors, from a copy that was not rounded."""
-        matrix = self.solve.gram.B if isinstance(self.solve, CholeskySolver) else self.matrix
-        if matrix is None:
-            raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
+        matrix = self.solve.gram.B if isinstance(self.solve, CholeskySolver) else self.dense
         return matrix.astype(self.u.dtype, copy=False)
 
     @property

@@ -116,8 +116,7 @@ class SigmaHessian(Portable):
         if self.triplet._svd is not None:
             return self.triplet._svd[1]
         small = self.triplet._small_side
-        if small is None:
-            raise TypeError("expected a triplet of a dense array, got one that knows only products with it")
+        assert small is not None
         return from_host(np.linalg.svd(small.whole, compute_uv=False), self.triplet._P0, self._xp)
 
     @property
@@ -149,10 +148,7 @@ class SigmaHessian(Portable):
         True
         """
         xp, (_, p, q) = as_arrays(self.triplet._P0, p, q, names=["A", "p", "q"], promote=False)
-        wider, *widened = self._promoted(p, q)
-        if wider is not self:
-            return wider.from_projections(p, q, rows=rows)
-        p, q = widened
+        wider, p, q = self._promoted(p, q)
         m, n = self.triplet.shape[-2:]
         index = None if rows is None else self._row_indices(rows)
         width = m if index is None else len(index)
@@ -168,7 +164,7 @@ class SigmaHessian(Portable):
             if not bool(xp.all(xp.isfinite(size))):
                 raise NonFiniteError(f"expected {name} to be finite, got NaN or inf in it")
         p, q, e = _of_order_one(p, q, xp.maximum(*sizes), xp)
-        return self._form(p, q, e, index)
+        return wider._form(p, q, e, index)
 
     def _row_indices(self, rows: Any) -> np.ndarray:
         """As integers of NumPy; raises unless they are rows of A, each at most once."""
@@ -229,15 +225,12 @@ class SigmaHessian(Portable):
 
     def product(self, G: Any) -> Array:
         """The matrix H[G] (..., m, n) with <H[G], G'> = D^2 sigma[G, G'] for every G' (real part of the trace)."""
-        own = self._direction(G)
-        wider, G = self._promoted(own)
-        if wider is not self:
-            return wider.product(own)
-        xp, u, v = self._xp, self._u, self._v
-        p, q, e = self._projections(G)
-        x, y = balanced(*self._solve(p, q), 0.0, u[..., None], v[..., None], False, xp)
+        wider, G = self._promoted(self._direction(G))
+        xp, u, v = self._xp, wider._u, wider._v
+        p, q, e = wider._projections(G)
+        x, y = balanced(*wider._solve(p, q), 0.0, u[..., None], v[..., None], False, xp)
         product = x @ adjoint(v[..., None], xp) + u[..., None] @ adjoint(y, xp)
-        product = self.triplet._result(product)
+        product = wider.triplet._result(product)
         return finite(ldexp(product, (e - self.triplet._e)[..., None, None], xp), "Hessian product", xp)
 
     def _solve(self, p: Array, q: Array) -> tuple[Array, Array]:
@@ -312,25 +305,22 @@ class SigmaHessian(Portable):
         """The diagonal along e_p a_j^T, whose projections are (a_j^T v) e_p and u_p conj(a_j)."""
         xp = self._xp
         _, (_, a) = as_arrays(self.triplet._P0, rows, names=["A", "rows"], promote=False)
-        wider, widened = self._promoted(a)
-        if wider is not self:
-            return wider._along_rows(a)
-        a = widened
+        wider, a = self._promoted(a)
         *lead, m, n = self.triplet.shape
         if a.ndim != 2 or a.shape[1] != n:
             raise ValueError(f"expected rows of shape (J, {n}), got {tuple(a.shape)}")
         power = exponent(check_matrix(a, "rows", xp), xp)
         a = ldexp(a, -power, xp)
-        L, _, C = self._diagonal_blocks()
+        L, _, C = wider._diagonal_blocks()
         q = xp.reshape(xp.conj(a) if is_complex(a, xp) else a, (a.shape[0], *(1,) * len(lead), n))
         q = q + xp.zeros((1, *lead, n), dtype=a.dtype, device=a.device)
-        right = self._quadratic(xp.zeros((*q.shape[:-1], m), dtype=a.dtype, device=a.device), q)
-        u, seen = self._u[..., :, None], self._v[..., None, :] @ xp.matrix_transpose(a)  # (..., m, 1), (..., 1, J)
+        right = wider._quadratic(xp.zeros((*q.shape[:-1], m), dtype=a.dtype, device=a.device), q)
+        u, seen = wider._u[..., :, None], wider._v[..., None, :] @ xp.matrix_transpose(a)  # (..., m, 1), (..., 1, J)
         cross = xp.astype(C, xp.result_type(C, a), copy=False) @ adjoint(a, xp)
         cross = 2 * real(u * xp.conj(seen) * cross if is_complex(cross, xp) else u * seen * cross, xp)
         total = L[..., :, None] * square(seen, xp) + square(u, xp) * xp.moveaxis(right, 0, -1)[..., None, :] + cross
         return finite(
-            ldexp(self.triplet._result(total), 2 * power - self.triplet._e[..., None, None], xp), "Hessian", xp
+            ldexp(wider.triplet._result(total), 2 * power - self.triplet._e[..., None, None], xp), "Hessian", xp
         )
 
     def _diagonal_blocks(self) -> tuple[Array, Array, Array]:
@@ -422,10 +412,9 @@ class _Spectrum(Portable):
     """The form in the coordinates of a thin SVD, for A / 2^e."""
 
     def __init__(self, triplet: SingularTriplet) -> None:
-        if triplet._svd is None:
-            raise TypeError("expected a triplet with all singular vectors, got one made without; use method='svd'")
-        self.xp = xp = triplet._xp
+        assert triplet._svd is not None
         assert isinstance(triplet.k, int)
+        self.xp = xp = triplet._xp
         self.U, self.s, self.V = triplet._svd
         self.k = triplet.k
         s, sigma = self.s, triplet._values

@@ -165,7 +165,6 @@ def test_errors_are_those_of_numpy(jax_and_single):
         sigma_series(A, REAL[1], 2)
 
 
-@pytest.mark.slow
 def test_tracers_are_named(jax):
     A = jax.numpy.ones((2, 2, 3))
     for transformed in (jax.jit(sigma_gradient), jax.vmap(sigma_gradient), jax.jit(singular_triplet)):
@@ -173,6 +172,7 @@ def test_tracers_are_named(jax):
             transformed(A)
 
 
+@pytest.mark.slow
 def test_dense_derivative_of_a_tie_in_single_precision(jax):
     with jax.enable_x64(False):
         A = jax.numpy.diag(jax.numpy.asarray([2.0, 2.0, 1.0]))

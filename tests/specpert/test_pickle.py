@@ -78,28 +78,30 @@ def cases():
 CASES = list(cases())
 
 
-def equal(x, y):
+#: Made of views, which lose their strides in a pickle: some BLAS then round otherwise.
+OF_VIEWS = {"leading": 1e-13}
+
+
+def equal(x, y, rtol=0.0):
     if isinstance(x, dict):
-        return all(equal(x[key], y[key]) for key in x)
+        return all(equal(x[key], y[key], rtol) for key in x)
     if type(x) is not type(y):
         return False
     x, y = np.asarray(x), np.asarray(y)
-    if x.dtype.kind not in "fc" or np.array_equal(x, y):
-        return np.array_equal(x, y)
-    # arrays that were views lose their strides in a pickle, and some BLAS then round otherwise
-    return np.allclose(x, y, rtol=1e-13, atol=1e-13 * np.abs(x).max(), equal_nan=True)
+    return np.array_equal(x, y) or (rtol > 0 and np.allclose(x, y, rtol=rtol, atol=rtol * np.abs(x).max()))
 
 
-@pytest.mark.parametrize(("made", "gives"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_pickled_and_copied(made, gives):
+@pytest.mark.parametrize(("name", "made", "gives"), CASES, ids=[c[0] for c in CASES])
+def test_pickled_and_copied(name, made, gives):
+    rtol = OF_VIEWS.get(name, 0.0)
     before = gives(made)
     for other in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
         after = gives(other)
         assert type(other) is type(made)
         if isinstance(before, dict):
-            assert equal(before, after)
+            assert equal(before, after, rtol)
         else:
-            assert [equal(x, y) for x, y in zip(before, after, strict=True)] == [True] * len(before)
+            assert [equal(x, y, rtol) for x, y in zip(before, after, strict=True)] == [True] * len(before)
 
 
 def test_in_another_process(tmp_path):
